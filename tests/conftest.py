@@ -1,0 +1,86 @@
+"""What all tests share: no network, one thread, a cache of their own, and tiny models of real classes."""
+
+import json
+import os
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import numpy as np
+import pytest
+from PIL import Image
+
+LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "tie_word_embeddings": True,
+}
+PHI = {
+    "model_type": "phi",
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
+CLIP = {
+    "model_type": "clip_vision_model",
+    "hidden_size": 24,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "image_size": 32,
+    "patch_size": 8,
+}
+SIGLIP = {**CLIP, "model_type": "siglip_vision_model"}
+DINOV2 = {
+    "model_type": "dinov2",
+    **{key: CLIP[key] for key in ("hidden_size", "num_hidden_layers", "num_attention_heads")},
+}
+DINOV2 |= {"image_size": 56, "patch_size": 8}
+
+
+def tiny_model(llm: dict = LLAMA, tower: dict = CLIP, connector: object = "mlp2x_gelu", **more: object) -> dict:
+    """The `model:` section of a recipe whose parts have random weights."""
+    return {
+        "llm": {"config": llm, "tokenizer": {"vocab_size": 400}},
+        "vision_tower": {"config": tower},
+        "connector": connector,
+        "template": "llama",
+        **more,
+    }
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokenised data of one test never reach another."""
+    monkeypatch.setenv("TINYLLAVA_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with 24 pictures, captions.json, and instructions.json (some of several turns, some text only)."""
+    folder = tmp_path_factory.mktemp("pictures")
+    rng = np.random.default_rng(0)
+    captions, instructions = [], []
+    for number in range(24):
+        name = f"{number}.png"
+        Image.fromarray(rng.integers(0, 255, (40, 50, 3), dtype=np.uint8)).save(folder / name)
+        answer = f"thing number {number}" + " and more" * int(rng.integers(0, 6))
+        asked = {"from": "human", "value": "<image>\nWhat is it?"}
+        captions.append({"id": f"c{number}", "image": name, "conversations": [asked, {"from": "gpt", "value": answer}]})
+        more = [{"from": "human", "value": "Sure?"}, {"from": "gpt", "value": "Yes."}] if number % 5 == 0 else []
+        if number % 6 == 1:
+            turns = [{"from": "human", "value": "Say a thing."}, {"from": "gpt", "value": answer}]
+            instructions.append({"id": f"t{number}", "conversations": turns + more})
+        else:
+            turns = [asked, {"from": "gpt", "value": answer}]
+            instructions.append({"id": f"i{number}", "image": name, "conversations": turns + more})
+    (folder / "captions.json").write_text(json.dumps(captions))
+    (folder / "instructions.json").write_text(json.dumps(instructions))
+    return folder

@@ -1,0 +1,77 @@
+"""What the tests of evaluation share.
+
+The vectors lie in oracles/ (its README says how they were made); ORACLES=DIR names others of the same kinds.
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tinyllava.factory import Factory
+
+FIXTURES = Path(__file__).parent / "oracles"
+ORACLES = Path(os.environ.get("ORACLES") or FIXTURES)
+
+
+def vectors(name):
+    """One pytest parameter a line of NAME.jsonl."""
+    path = ORACLES / f"{name}.jsonl"
+    lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else []
+    found = [json.loads(line) for line in lines if line.strip()]
+    return [pytest.param(v, id="-".join(part for part in (v["id"], v.get("tag")) if part)) for v in found]
+
+
+def near(value):
+    return pytest.approx(value, abs=1e-9, rel=0)
+
+
+def agree(found, expected):
+    """`expected`, floats within 1e-9, is what `found` says of the same keys."""
+    if isinstance(expected, dict):
+        for name, value in expected.items():
+            agree(found[name], value)
+    elif isinstance(expected, float):
+        assert found == near(expected)
+    else:
+        assert found == expected
+
+
+def copy_of(name, tmp_path):
+    """A fixture's files where they may be changed, as ROOT/eval/FOLDER of a data root."""
+    folder = tmp_path / "eval" / Factory("benchmarks").get(name).FOLDER
+    shutil.copytree(FIXTURES / f"{name}_fixture", folder)
+    return folder
+
+
+def write_mmmu(root):
+    """Two questions in TinyLLaVA's layout: a choice with a picture, and an open one without."""
+    (root / "anns_for_eval.json").write_text(
+        json.dumps(
+            [
+                {
+                    "id": "validation_Math_1",
+                    "question": "Which?",
+                    "options": "['two', \"it's\"]",
+                    "question_type": "multiple-choice",
+                    "image": "m1.png",
+                    "all_choices": ["A", "B"],
+                    "index2ans": {"A": "two", "B": "it's"},
+                    "answer": "B",
+                },
+                {"id": "validation_Art_2", "prompt": "How many?", "question_type": "open", "answer": "1,000"},
+            ]
+        )
+    )
+
+
+def answer_all(benchmark, root, path, answer):
+    """An answers file as `tinyllava eval` writes it."""
+    lines = [
+        {"question_id": q.question_id, "prompt": q.text, "text": answer(q) if callable(answer) else answer}
+        for q in benchmark.questions(root)
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path

@@ -1,0 +1,213 @@
+"""Benchmarks beyond the vectors: the contract, file layouts, and what each one refuses."""
+
+import json
+import random
+import shutil
+import subprocess
+import sys
+
+import pytest
+from oracle_tools import FIXTURES, answer_all, copy_of, write_mmmu
+
+from tinyllava.errors import UserError
+from tinyllava.eval.benchmarks import SHORT_ANSWER, mme, mmmu, pope, scienceqa, textvqa, vqav2
+from tinyllava.eval.benchmarks import gqa as gqa_benchmark
+from tinyllava.eval.score import score_answers
+from tinyllava.factory import Factory
+
+EIGHT = {"gqa", "mme", "mmmu", "mmvet", "pope", "scienceqa", "textvqa", "vqav2"}
+LLAVA_FILES = {
+    "gqa": "llava_gqa_testdev_balanced.jsonl",
+    "mme": "llava_mme.jsonl",
+    "mmvet": "llava-mm-vet.jsonl",
+    "pope": "llava_pope_test.jsonl",
+    "scienceqa": "llava_test_CQM-A.json",
+}
+
+
+# ---- the contract -------------------------------------------------------------------------------------------------
+
+
+def test_the_eight_keep_the_contract():
+    assert set(Factory("benchmarks").names()) >= EIGHT
+    for name in EIGHT:
+        benchmark = Factory("benchmarks").get(name)
+        assert all(hasattr(benchmark, what) for what in ("TITLE", "FOLDER", "SCORER", "questions", "evaluate"))
+        assert benchmark.MAX_NEW_TOKENS in (128, 1024)
+
+
+def test_benchmarks_are_pure_python():
+    code = "import sys, tinyllava.eval.score as s\nfactory = s.Factory('benchmarks')\n"
+    code += f"for name in {sorted(EIGHT)}: factory.get(name)"
+    code += "\nprint([name for name in ('torch', 'numpy', 'transformers', 'datasets') if name in sys.modules])"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("name", sorted(EIGHT))
+def test_what_we_ask_is_what_we_score(name, tmp_path):
+    """Answers written from `questions` fit, one by one; the headline comes out of the items again."""
+    benchmark = Factory("benchmarks").get(name)
+    root = copy_of(name, tmp_path)
+    if name == "mmmu":
+        write_mmmu(root)
+    answers = answer_all(benchmark, tmp_path, tmp_path / "answers.jsonl", "Yes")
+    found = score_answers(name, tmp_path, answers)
+    counts = found["counts"]
+    assert counts["answers"] > 1
+    assert [counts[k] for k in ("missing", "duplicate", "unknown", "broken")] == [0, 0, 0, 0]
+    if found["score"] is not None and hasattr(benchmark, "headline"):
+        assert benchmark.headline(found["items"]) == pytest.approx(found["score"])
+    elif found["score"] is not None:
+        assert 100 * sum(one["score"] for one in found["items"]) / len(found["items"]) == pytest.approx(found["score"])
+    json.dumps({key: value for key, value in found.items() if key != "files"})  # goes into results.json as it is
+    assert len({question.id for question in benchmark.questions(root)}) == counts["answers"]
+
+
+@pytest.mark.parametrize("name", sorted(LLAVA_FILES))
+def test_release_alone_asks_what_llava_asks(name, tmp_path):
+    """Without LLaVA's question file the same prompts and answers are made from the official release."""
+    benchmark = Factory("benchmarks").get(name)
+    root = copy_of(name, tmp_path)
+
+    def asked():
+        return sorted((q.text, q.images, str(q.answer)) for q in benchmark.questions(root))
+
+    llava = asked()
+    (root / LLAVA_FILES[name]).unlink()
+    assert asked() == llava
+    assert all(not image or image.startswith(str(root)) for _, images, _ in llava for image in images)
+
+
+@pytest.mark.parametrize("name", sorted(EIGHT))
+def test_missing_files_are_named(name, tmp_path):
+    benchmark = Factory("benchmarks").get(name)
+    with pytest.raises(UserError, match=r"expected .*(json|jsonl|MME_Benchmark_release_version) .*found none"):
+        benchmark.questions(tmp_path)
+    (tmp_path / "answers.jsonl").write_text("")
+    with pytest.raises(UserError, match=r"expected .* in .*found none"):
+        score_answers(name, tmp_path, tmp_path / "answers.jsonl")
+
+
+# ---- one by one ---------------------------------------------------------------------------------------------------
+
+
+def test_pope_refuses_labels_of_another_release(tmp_path):
+    root = copy_of("pope", tmp_path)
+    labels = root / "coco/coco_pope_random.json"
+    lines = labels.read_text().splitlines(keepends=True)
+    labels.write_text("".join(lines[:-1]))
+    with pytest.raises(UserError, match=r"10 random questions .* 9 labels"):
+        pope.questions(root)
+    labels.write_text("".join(lines[2:] + lines[:2]))  # as many, of other pictures
+    with pytest.raises(UserError, match="different releases of POPE"):
+        pope.questions(root)
+
+
+def test_textvqa_prompts_with_and_without_ocr(tmp_path):
+    root = copy_of("textvqa", tmp_path)
+    with_ocr = textvqa.questions(root)
+    without = textvqa.questions(root, ocr=False)
+    assert with_ocr[0].text == f"what brand is this phone?\nReference OCR token: NOKIA, 10:00\n{SHORT_ANSWER}"
+    assert without[0].text == f"what brand is this phone?\n{SHORT_ANSWER}"
+    answers = answer_all(textvqa, root, tmp_path / "a.jsonl", "nokia")
+    assert score_answers("textvqa", root, answers)["metric"] == "TextVQA (OCR)"
+    answers.write_text("".join(line.replace(r"\nReference OCR token: ", r"\n#") for line in answers.open()))
+    (root / "llava_textvqa_val_v051_ocr.jsonl").unlink()
+    with pytest.raises(UserError, match=r"TextVQA_Rosetta_OCR_v0.2_val.json.*--no-ocr"):
+        textvqa.questions(root)
+
+    tokens = [{"image_id": with_ocr[0].question_id, "ocr_tokens": ["NOKIA", "10:00\nAM"]}]  # a line break in a token
+    (root / "TextVQA_Rosetta_OCR_v0.2_val.json").write_text(json.dumps({"data": tokens}))
+    made = textvqa.questions(root)
+    assert made[0].text == f"what brand is this phone?\nReference OCR token: NOKIA, 10:00 AM\n{SHORT_ANSWER}"
+    assert [textvqa.question_from_prompt(q.text) for q in made] == [q.id.split(": ", 1)[1] for q in made]
+    assert [q.answer for q in made] == [q.answer for q in with_ocr]
+    bare = answer_all(textvqa, root, tmp_path / "b.jsonl", "nokia").read_text()
+    (tmp_path / "b.jsonl").write_text(bare.replace(r"\nReference OCR token: NOKIA, 10:00 AM", ""))
+    assert score_answers("textvqa", root, tmp_path / "b.jsonl")["metric"] == "TextVQA (no OCR)"
+
+
+def test_textvqa_question_asked_twice_of_a_picture(tmp_path):
+    data = [
+        {"question": q, "question_id": i, "image_id": "f0", "answers": ["a"] * 10} for i, q in enumerate(["Q?", "q?"])
+    ]
+    (tmp_path / "TextVQA_0.5.1_val.json").write_text(json.dumps({"data": data}))
+    lines = [{"question_id": "f0", "prompt": f"Q?\n{SHORT_ANSWER}", "text": text} for text in ("b", "b")]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    assert score_answers("textvqa", tmp_path, tmp_path / "a.jsonl")["counts"]["duplicate"] == 0
+
+
+def test_vqav2_percent_rounds_as_python_2():
+    assert vqav2.percent([1.0] * 497 + [0.0] * 303) == 62.13  # 62.125, where Python 3 says 62.12
+    assert round(62.125, 2) == 62.12
+
+
+def test_vqav2_splits(tmp_path):
+    root = copy_of("vqav2", tmp_path)
+    assert vqav2.questions(root)[0].images[0].endswith("val2014/COCO_val2014_000000000100.jpg")
+    assert vqav2.questions(root / "llava")[0].images[0].endswith("test2015/COCO_test2015_000000000100.jpg")
+    assert len(vqav2.questions(root / "llava", split="test")) == 30
+    with pytest.raises(UserError, match="unknown VQAv2 split"):
+        vqav2.questions(root, split="train")
+    (root / "v2_mscoco_val2014_annotations.json").unlink()
+    with pytest.raises(UserError, match="v2_mscoco_val2014_annotations"):
+        vqav2.questions(root)
+
+
+def test_mme_pairs_by_picture_and_survives_tabs(tmp_path):
+    root = copy_of("mme", tmp_path)
+    answers = answer_all(mme, root, tmp_path / "a.jsonl", lambda q: f"{q.answer}\tindeed\n")
+    lines = answers.read_text().splitlines(keepends=True)
+    random.Random(0).shuffle(lines)  # the official tool would pair lines of different pictures
+    answers.write_text("".join(lines))
+    found = score_answers("mme", root, answers)
+    assert (found["metrics"]["perception"], found["metrics"]["cognition"]) == (2000.0, 800.0)
+    assert all(text.count("\t") == 3 * text.count("\n") for text in found["files"].values())
+    shutil.rmtree(root / "MME_Benchmark_release_version/OCR")
+    (root / "llava_mme.jsonl").unlink()
+    partial = score_answers("mme", root, answers, allow_partial=True)
+    assert (partial["metric"], partial["score"]) == ("MME perception (9 of 10 tasks)", 1800.0)
+
+
+def test_scienceqa_without_pictures_has_no_img_score():
+    item = {"prediction": "A", "choices": ["x", "y"], "answer": 0, "has_image": False}
+    found = scienceqa.aggregate([item, {**item, "prediction": None}])  # a missing answer is wrong
+    assert (found["total"], found["correct"], found["acc"]) == (2, 1, 50.0)
+    assert (found["img_total"], found["img_acc"]) == (0, None)
+
+
+def test_mmmu_layout_and_upload(tmp_path):
+    write_mmmu(tmp_path)
+    choice, open_question = mmmu.questions(tmp_path)
+    assert choice.text.startswith("Which?\n(A) two\n(B) it's\n\nAnswer with")
+    assert choice.images == (str(tmp_path / "all_images/m1.png"),)
+    assert (open_question.images, open_question.text) == ((), "How many?")
+    answers = tmp_path / "a.json"
+    answers.write_text(json.dumps({"validation_Math_1": "(B) it's", "validation_Art_2": "the answer is 1000"}))
+    assert score_answers("mmmu", tmp_path, answers)["score"] == 100.0
+    file = tmp_path / "anns_for_eval.json"
+    file.write_text(file.read_text().replace('"1,000"', '"?"'))
+    with pytest.raises(UserError, match=r"no answer to validation_Art_2.*answer_dict_val.json"):
+        mmmu.questions(tmp_path)
+    file.write_text(
+        file.read_text()
+        .replace('"B"}', '"?"}')
+        .replace("validation_", "test_")
+        .replace('"answer": "B"', '"answer": "?"')
+    )
+    answers.write_text(json.dumps({"test_Math_1": "(B) it's", "test_Art_2": "so 12"}))
+    found = score_answers("mmmu", tmp_path, answers)
+    assert found["score"] is None
+    assert found["files"]["mmmu_upload.json"] == {"test_Math_1": "B", "test_Art_2": "so 12"}
+
+
+def test_gqa_limited_to_questions_without_groups():
+    """A few questions may have no group: then the distribution is unknown, and the rest stands."""
+    root = FIXTURES / "gqa_fixture"
+    questions = [
+        q for q in gqa_benchmark.references(root) if q.extra["official"]["groups"]["global"] is None and q.required
+    ]
+    pairs = [(q, {"question_id": q.id, "text": q.answer}) for q in questions]
+    found = gqa_benchmark.evaluate(root, pairs)
+    assert (found["score"], found["metrics"]["distribution"]) == (100.0, None)

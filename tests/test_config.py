@@ -1,0 +1,109 @@
+"""Recipes: inheritance, dotted overrides, and errors that name the nearest valid key before anything is loaded."""
+
+from pathlib import Path
+
+import pytest
+
+from tinyllava.config import load_recipe
+from tinyllava.errors import UserError
+from tinyllava.factory import Factory
+
+BASE = """
+model:
+  llm: some/llm
+  vision_tower: some/tower
+  connector: mlp2x_gelu
+stages:
+  one:
+    data: [{path: a.json, images: pictures}]
+    tune: {llm: full}
+    trainer: {learning_rate: 1.0e-3}
+"""
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    path = tmp_path / "base.yaml"
+    path.write_text(BASE)
+    return path
+
+
+def test_short_forms_are_understood(base: Path) -> None:
+    recipe = load_recipe(
+        str(base), ["stages.one.tune.llm={lora: {r: 8}, lr: 2e-4}", "stages.one.trainer.learning_rate=1e-4"]
+    )
+    assert recipe.model.llm.name == "some/llm" and recipe.model.connector == {"mlp2x_gelu": {}}
+    tune = recipe.stages["one"].tune
+    assert tune.llm.tuning == {"lora": {"r": 8}} and tune.llm.lr == 2e-4
+    assert tune.connector.tuning == {"full": {}} and tune.vision_tower.tuning == {"frozen": {}}
+    assert recipe.stages["one"].trainer["learning_rate"] == 1e-4
+
+
+def test_an_experiment_is_a_diff(base: Path) -> None:
+    child = base.with_name("child.yaml")
+    child.write_text(
+        "base: base.yaml\nstages.one.tune.llm: {lora: {r: 128, alpha: 256}, lr: 2.0e-4}\n"
+        "stages: {one: {trainer: {weight_decay: 0.1}}}\nmodel.connector: {mlp: {layers: 3}}\n"
+    )
+    recipe = load_recipe(str(child))
+    assert recipe.stages["one"].tune.llm.tuning == {"lora": {"r": 128, "alpha": 256}}
+    assert recipe.stages["one"].trainer == {"learning_rate": 1e-3, "weight_decay": 0.1}
+    assert recipe.model.connector == {"mlp": {"layers": 3}}
+    assert recipe.fingerprint() != load_recipe(str(base)).fingerprint()
+
+
+def test_a_resolved_recipe_reads_back(base: Path) -> None:
+    recipe = load_recipe(str(base), ["seed=7", "stages.one.tune.vision_tower={partial: {last: 2}}"])
+    written = base.with_name("resolved.yaml")
+    written.write_text(recipe.to_yaml())
+    assert load_recipe(str(written)) == recipe
+
+
+@pytest.mark.parametrize(
+    "override,words",
+    [
+        ("stages.one.tune.lm=full", ["unknown key 'stages.one.tune.lm'", "did you mean 'llm'"]),
+        ("model.conector=mlp", ["unknown key 'model.conector'", "did you mean 'connector'"]),
+        ("stages.one.datas=[]", ["did you mean 'data'"]),
+        ("stages.one.data=[{pat: a.json}]", ["unknown key 'stages.one.data.0.pat'", "'path'"]),
+        ("model.connector=mlp2x_gelux", ["unknown connector 'mlp2x_gelux'"]),
+        ("model.template=fi", ["unknown template 'fi'", "phi"]),
+        ("stages.one.tune.llm=lorra", ["unknown tuning 'lorra'", "did you mean 'lora'"]),
+        ("stages.one.tune.llm={lora: {rank: 8}}", ["unknown option 'rank'", "Known: r, alpha, dropout, targets"]),
+        ("stages.one.tune.llm={lora: {r: many}}", ["stages.one.tune.llm.lora.r", "'many'"]),
+        ("stages.one.tune.llm={lora: {}, full: {}}", ["one tuning", "lora and full"]),
+        ("stages.one.trainer.learning_rat=1", ["stages.one.trainer.learning_rat", "did you mean 'learning_rate'"]),
+        ("stages.one.trainer.learning_rate=fast", ["stages.one.trainer.learning_rate", "'fast'"]),
+        ("stages.one.trainer.gradient_accumulation_steps=4", ["global_batch_size"]),
+        ("stages.one.global_batch_size=some", ["stages.one.global_batch_size", "'some'"]),
+        ("stages.one.global_batch_size=0", ["greater than 0"]),
+        ("eval=[stamp]", ["unknown benchmark 'stamp'", "did you mean 'stamps'"]),
+        ("model.llm={}", ["model.llm", "either `name`", "`config`"]),
+        ("seed", ["expected key=value"]),
+        ("seed=[1", ["cannot read the override"]),
+    ],
+)
+def test_what_is_wrong_is_named_in_two_lines(override: str, words: list[str], base: Path) -> None:
+    with pytest.raises(UserError) as error:
+        load_recipe(str(base), [override])
+    message = str(error.value)
+    assert all(word in message for word in words), message
+    assert len(message.splitlines()) <= 2
+
+
+def test_unknown_and_broken_recipes(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="unknown recipe 'quickstar'; did you mean 'quickstart'"):
+        load_recipe("quickstar")
+    with pytest.raises(UserError, match=r"nowhere\.yaml not found"):
+        load_recipe("nowhere.yaml")
+    (tmp_path / "broken.yaml").write_text("model: [1\nstages: 3")
+    with pytest.raises(UserError, match=r"cannot read recipe .*broken\.yaml at line"):
+        load_recipe(str(tmp_path / "broken.yaml"))
+    (tmp_path / "loop.yaml").write_text("base: loop.yaml")
+    with pytest.raises(UserError, match="inherits from itself"):
+        load_recipe(str(tmp_path / "loop.yaml"))
+
+
+def test_every_recipe_of_the_package_parses() -> None:
+    for name in Factory("recipes").names():
+        assert load_recipe(name).stages

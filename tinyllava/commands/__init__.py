@@ -1,0 +1,1 @@
+"""What stands behind the commands of cli.py that are longer than a few lines."""

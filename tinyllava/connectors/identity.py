@@ -1,0 +1,41 @@
+"""`identity`: the tower's features are the LLM's image tokens. The two must be equally wide."""
+
+import torch
+from torch import Tensor, nn
+
+from tinyllava.errors import UserError
+
+
+class Connector(nn.Module):
+    """[B, N, D] -> [B, N, D]."""
+
+    def __init__(self, vision_dim: int, text_dim: int):
+        super().__init__()
+        if vision_dim != text_dim:
+            raise UserError(
+                f"connector identity: the tower is {vision_dim} wide and the LLM {text_dim}; they must be equal."
+                " Use linear or mlp2x_gelu."
+            )
+        self.dim = text_dim
+
+    def num_tokens(self, patches: int) -> int:
+        """One token a patch."""
+        return patches
+
+    def llava_projector(self) -> dict:
+        """Llava's projector with a linear activation and two identities."""
+        return {"projector_hidden_act": "linear", "multimodal_projector_bias": True}
+
+    def to_llava(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The two identity layers."""
+        eye, zero = torch.eye(self.dim), torch.zeros(self.dim)
+        return {
+            "linear_1.weight": eye,
+            "linear_1.bias": zero,
+            "linear_2.weight": eye.clone(),
+            "linear_2.bias": zero.clone(),
+        }
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Return the features."""
+        return features

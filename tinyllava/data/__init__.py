@@ -1,0 +1,1 @@
+"""Text and pictures become batches here. Nothing in this package knows a model."""

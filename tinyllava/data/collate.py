@@ -1,0 +1,49 @@
+"""Collator: items of a dataset -> one padded batch. Only copies: decoding and tokenising happened in the dataset.
+
+B: samples, L: the longest sample's positions, N: pictures of the whole batch, in order of their samples.
+"""
+
+from typing import Any
+
+import torch
+
+
+class Collator:
+    """Pads on the right: `pad_token_id` for ids, -100 for labels.
+
+    The attention mask comes from lengths: many tokenizers pad with the end-of-text token, which is also one to learn.
+    """
+
+    def __init__(self, pad_token_id: int) -> None:
+        self.pad_token_id = pad_token_id
+
+    def __call__(self, items: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """{"input_ids", "attention_mask", "labels": [B, L], "pixel_values": uint8 [N, 3, H, W], "index": [B]}, int64
+
+        "pixel_values" is absent if no sample has a picture; "skipped" (bool [B]) is there if a worker blanked a sample.
+        """
+        lengths = torch.tensor([len(item["input_ids"]) for item in items])
+        shape = (len(items), int(lengths.max()))
+        input_ids = torch.full(shape, self.pad_token_id)
+        labels = torch.full(shape, -100)
+        for row, (item, length) in enumerate(zip(items, lengths.tolist(), strict=True)):
+            input_ids[row, :length] = item["input_ids"]
+            labels[row, :length] = item["labels"]
+        batch = {
+            "input_ids": input_ids,
+            "attention_mask": (torch.arange(shape[1]) < lengths[:, None]).long(),
+            "labels": labels,
+            "index": torch.tensor([item["index"] for item in items]),
+        }
+        pictures = [item["pixel_values"] for item in items if item["pixel_values"] is not None]
+        if pictures:
+            batch["pixel_values"] = torch.cat(pictures)
+        skipped = [bool(item.get("skipped")) for item in items]
+        if any(skipped):
+            batch["skipped"] = torch.tensor(skipped)
+        return batch
+
+
+def padding_share(batch: dict[str, torch.Tensor]) -> float:
+    """The part of a batch's positions that are padding, 0 to 1."""
+    return 1 - batch["attention_mask"].float().mean().item()

@@ -1,0 +1,154 @@
+"""One record -> one row of the tokenised cache: ids with ONE <image> id a picture, labels, picture references, length.
+
+A bad record is a row too, with its `problem` and `detail`, so that a second run reports it without tokenising again.
+"""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import Features, List, Value
+
+from tinyllava.data.cache import digest
+from tinyllava.data.images import Reference, is_file_reference
+from tinyllava.data.sample import IMAGE_TOKEN, Sample, SampleError
+from tinyllava.data.sources import rows_of
+from tinyllava.data.spans import IGNORE
+from tinyllava.data.template import Template, image_token_id
+
+CODE = ("sample.py", "template.py", "spans.py", "encode.py")  # what decides the ids and labels of a record
+FEATURES = Features(
+    {
+        "id": Value("string"),
+        "input_ids": List(Value("int32")),
+        "labels": List(Value("int32")),
+        "images": List(Value("string")),  # null: the picture lies inside the record
+        "length": Value("int32"),  # after every <image> id has become tokens_per_image positions
+        "supervised": Value("int32"),  # tokens that the loss sees: labels[1:] != -100
+        "shortened": Value("bool"),
+        "problem": Value("string"),  # null: a good sample
+        "detail": Value("string"),
+    }
+)
+
+
+@dataclass
+class Encoder:
+    """Tokenises samples with a template; one over `max_length` positions loses whole rounds from its end."""
+
+    template: Template
+    tokenizer: Any
+    tokens_per_image: int
+    max_length: int
+
+    def __post_init__(self) -> None:
+        self.image_token = image_token_id(self.tokenizer)
+
+    def identity(self) -> str:
+        """A hash of what decides ids and labels: the template, the tokenizer and the two numbers."""
+        tokenizer = tokenizer_hash(self.tokenizer)
+        return digest(self.template.source, self.template.compat, tokenizer, self.tokens_per_image, self.max_length)
+
+    def key(self) -> str:
+        """Names caches of encoded rows: `identity`, and the code that encodes (a stale cache would be silent)."""
+        try:
+            own_code = inspect.getsource(type(self.template))  # a user's subclass
+        except (OSError, TypeError):
+            own_code = repr(type(self.template))
+        code = (Path(__file__).with_name(file).read_bytes() for file in CODE)
+        return digest(self.identity(), self.template.name, own_code, *code)
+
+    def encode(self, sample: Sample) -> dict[str, Any]:
+        """The row of a sample. Raises SampleError for one that cannot be trained on."""
+        sample = self.template.adapt(sample)
+        sample.check()
+        row = self._row(sample)
+        if row["length"] > self.max_length:
+            row = self._shortened(sample, row["length"])
+        if not row["supervised"]:
+            raise SampleError("nothing_to_learn", "the template supervises no token of it", sample.id)
+        return row
+
+    def row(self, record: dict[str, Any], to_sample: Callable[[dict], Sample]) -> dict[str, Any]:
+        """The row of a raw record, be it good or bad."""
+        try:
+            return self.encode(to_sample(record))
+        except SampleError as error:
+            nothing = {"input_ids": [], "labels": [], "images": [], "length": 0, "supervised": 0, "shortened": False}
+            return {"id": record["id"], **nothing, "problem": error.kind, "detail": error.text}
+
+    def _row(self, sample: Sample) -> dict[str, Any]:
+        encoded = self.template.encode(sample, self.tokenizer)
+        ids, labels = encoded["input_ids"], encoded["labels"]
+        pictures = ids.count(self.image_token)
+        if pictures != len(sample.images):
+            text = f"the template shows {pictures} {IMAGE_TOKEN}, but it has {len(sample.images)} image(s)"
+            raise SampleError("placeholders", text, sample.id)
+        return {
+            "id": sample.id,
+            "input_ids": ids,
+            "labels": labels,
+            "images": [stored_reference(image) for image in sample.images],
+            "length": len(ids) + pictures * (self.tokens_per_image - 1),
+            "supervised": sum(label != IGNORE for label in labels[1:]),
+            "shortened": False,
+            "problem": None,
+            "detail": None,
+        }
+
+    def _shortened(self, sample: Sample, length: int) -> dict[str, Any]:
+        """As many leading rounds as fit; a picture or an answer is never cut."""
+        starts = [at for at, message in enumerate(sample.messages) if message.role == "user"]
+        best = None
+        low, high = 1, len(starts) - 1  # rounds kept
+        while low <= high:  # length grows with the rounds: bisect
+            middle = (low + high) // 2
+            row = self._row(first_rounds(sample, starts[middle]))
+            if row["length"] <= self.max_length:
+                best, low = {**row, "shortened": True, "detail": f"kept {middle} of {len(starts)} rounds"}, middle + 1
+            else:
+                high = middle - 1
+        if best is None:
+            pictures = f"{len(sample.images)} x {self.tokens_per_image} for pictures"
+            text = f"{length} positions ({pictures}); its first round alone is over max_length {self.max_length}"
+            raise SampleError("too_long", text, sample.id)
+        return best
+
+
+def first_rounds(sample: Sample, messages: int) -> Sample:
+    """The sample's first `messages` messages with the pictures that they show."""
+    kept = sample.messages[:messages]
+    pictures = sum(message.text.count(IMAGE_TOKEN) for message in kept)
+    return replace(sample, messages=kept, images=sample.images[:pictures])
+
+
+def stored_reference(image: Reference) -> str | None:
+    """A path or URL as it is; None for a picture that must be fetched from the record again."""
+    if isinstance(image, dict) and not image.get("bytes"):
+        image = image.get("path") or image.get("url")
+    return image if isinstance(image, str) and (is_file_reference(image) or image.startswith("http")) else None
+
+
+def encode_table(table: Any, rows: list[int], encoder: Encoder, to_sample: Callable) -> dict[str, list]:
+    """For `Dataset.map` over Arrow-formatted records: a table of records -> columns of rows."""
+    encoded = [encoder.row(record, to_sample) for record in rows_of(table, rows[0])]
+    return {column: [row[column] for row in encoded] for column in FEATURES}
+
+
+def expand(
+    ids: np.ndarray, labels: np.ndarray, image_token: int, tokens_per_image: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Every <image> id becomes `tokens_per_image` of them, unsupervised. [l], [l] -> [L], [L]"""
+    is_image = ids == image_token
+    repeats = np.where(is_image, tokens_per_image, 1)
+    return np.repeat(ids, repeats), np.repeat(np.where(is_image, IGNORE, labels), repeats)
+
+
+def tokenizer_hash(tokenizer: Any) -> str:
+    """A hash of what the tokenizer does, wherever it was loaded from."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    content = backend.to_str() if backend is not None else sorted(tokenizer.get_vocab().items())
+    return digest(content, sorted(map(str, tokenizer.special_tokens_map.items())), tokenizer.chat_template)

@@ -1,0 +1,7 @@
+"""`gemma`: the default template of this family."""
+
+
+class LLM:
+    """What loading this family needs to know."""
+
+    template = "gemma"

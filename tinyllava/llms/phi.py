@@ -1,0 +1,7 @@
+"""`phi`: the default template of this family."""
+
+
+class LLM:
+    """What loading this family needs to know."""
+
+    template = "phi"

@@ -1,0 +1,7 @@
+"""`stablelm`: the default template of this family."""
+
+
+class LLM:
+    """What loading this family needs to know."""
+
+    template = "phi"

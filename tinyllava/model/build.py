@@ -1,0 +1,314 @@
+"""From a recipe's three boxes to one model and its processor.
+
+    llm + vision_tower + connector  ->  TinyLlavaForConditionalGeneration, TinyLlavaProcessor
+
+Parts come from a Hub id, a local directory, or a config with random weights. Whatever an LLM computes after its last
+hidden state is found by comparing logits, never believed from a list of names.
+"""
+
+import copy
+import logging
+import re
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from itertools import islice
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    set_seed,
+)
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
+
+from tinyllava.config import LLMSpec, ModelSpec, TokenizerSpec, VisionTowerSpec
+from tinyllava.data.sample import IMAGE_TOKEN, Sample
+from tinyllava.data.template import Template, add_image_token
+from tinyllava.errors import UserError
+from tinyllava.factory import Factory, nearest
+from tinyllava.model.modeling import TinyLlavaConfig, TinyLlavaForConditionalGeneration
+from tinyllava.model.processor import TinyLlavaProcessor, build_processor, image_processor
+
+logger = logging.getLogger("tinyllava")
+TOKENIZER_SAMPLES = 20_000  # enough for a small vocabulary, a few seconds to render
+DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def build(
+    spec: ModelSpec, samples: Callable[[], Iterable[Sample]] = list, seed: int = 42, empty: bool = False
+) -> tuple[TinyLlavaForConditionalGeneration, TinyLlavaProcessor, Template]:
+    """Assemble the model of a recipe. `samples` yields training samples, for a tokenizer that is trained with the
+    model.
+
+    The seed covers every weight that is not loaded: random parts and the connector. With `empty` no weights are made
+    or read (they lie on the meta device): enough to count and to prepare data. Raises UserError for parts that cannot
+    be found, do not fit together, or compute what the model class cannot hold.
+    """
+    llm_config = part_config("llm", spec.llm)
+    tower_config = part_config("vision_tower", spec.vision_tower)
+    family = tower_family(tower_config)
+    template = Template.load(spec.template or default_template(llm_config), compat=spec.compat)
+    tokenizer = load_tokenizer(spec.llm, template, samples)
+    image_token_id = add_image_token(tokenizer)
+    if spec.llm.config is not None:  # the config's LLM is as wide as its tokenizer, unless it says otherwise
+        llm_config = fit_vocabulary(llm_config, tokenizer, spec.llm.config)
+    set_seed(seed)
+    with torch.device("meta") if empty else nullcontext():
+        llm = load_part("llm", spec.llm, llm_config, AutoModelForCausalLM, spec.dtype, empty)
+        tower = load_part("vision_tower", spec.vision_tower, tower_config, AutoModel, spec.dtype, empty)
+        if image_token_id >= llm.get_input_embeddings().num_embeddings:  # Qwen and Phi have spare rows
+            llm.resize_token_embeddings(len(tokenizer), mean_resizing=not empty)
+    fields, image_size = tower_images(spec.vision_tower, tower.config)
+    patches_only = spec.vision_tower.feature_strategy == "patch" and family.prefix_tokens(tower.config) > 0
+    config = TinyLlavaConfig(
+        vision_config=copy.deepcopy(tower.config),
+        text_config=copy.deepcopy(llm.config),
+        connector=spec.connector,
+        prefix_tokens=family.prefix_tokens(tower.config),
+        image_size=image_size,
+        image_mean=list(fields["image_mean"]),
+        image_std=list(fields["image_std"]),
+        image_token_index=image_token_id,
+        vision_feature_layer=spec.vision_tower.feature_layer,
+        vision_feature_select_strategy="default" if patches_only else "full",
+        tie_word_embeddings=bool(llm.config.tie_word_embeddings),
+        **({"head_bias": llm.get_output_embeddings().bias is not None} if empty else head_of(llm)),
+    )
+    check_feature_layers(config)
+    with torch.device("meta") if empty else nullcontext():
+        model = assemble(config, llm, tower, seed)
+    config.image_seq_length = model.model.multi_modal_projector.num_tokens(config.num_patches)
+    processor = build_processor(
+        config,
+        image_processor(fields, image_size, spec.vision_tower.image_aspect),
+        tokenizer,
+        template.chat_template(tokenizer),
+        config.image_seq_length,
+    )
+    return model, processor, template
+
+
+def assemble(
+    config: TinyLlavaConfig, llm: PreTrainedModel, tower: PreTrainedModel, seed: int
+) -> TinyLlavaForConditionalGeneration:
+    """Put loaded parts into an empty model, and initialise the connector as the LLM initialises its own linear
+    layers.
+    """
+    with torch.device("meta"):
+        model = TinyLlavaForConditionalGeneration(config)
+    ((name, options),) = config.connector.items()
+    connector, options = Factory("connectors").resolve(name, options)
+    layers = 1 if isinstance(config.vision_feature_layer, int) else len(config.vision_feature_layer)
+    set_seed(seed)  # whatever was drawn before (random parts or none), the connector starts from the same weights
+    projector = connector(config.vision_config.hidden_size * layers, config.text_config.hidden_size, **options)
+    projector.apply(model._init_weights)
+    model.model.vision_tower = tower
+    model.model.language_model = llm.base_model
+    model.model.multi_modal_projector = projector.to(dtype=llm.dtype)
+    model.lm_head = llm.get_output_embeddings()
+    model.config.vision_config, model.config.text_config = tower.config, llm.config
+    model.config.dtype = llm.dtype
+    if llm.generation_config is not None:
+        model.generation_config = llm.generation_config
+    model.generation_config.suppress_tokens = [config.image_token_id]  # a placeholder is never an answer
+    model.tie_weights()
+    return model
+
+
+def part_config(part: str, spec: LLMSpec | VisionTowerSpec) -> PreTrainedConfig:
+    """The transformers config of a part: of a whole CLIP or SigLIP, its vision half."""
+    if spec.config is not None:
+        return config_of(part, spec.config)
+    config = found(part, spec.name, AutoConfig.from_pretrained)
+    return getattr(config, "vision_config", config) if part == "vision_tower" else config
+
+
+def load_part(
+    part: str, spec: LLMSpec | VisionTowerSpec, config: PreTrainedConfig, auto: type, dtype: str, empty: bool
+) -> PreTrainedModel:
+    """The weights of a part: from a Hub id or directory, or random ones."""
+    kwargs = (
+        {} if getattr(spec, "attn_implementation", None) is None else {"attn_implementation": spec.attn_implementation}
+    )
+    if empty or spec.config is not None:
+        model = auto.from_config(config, **kwargs)
+    else:
+        model = found(part, spec.name, auto.from_pretrained, config=config, dtype=DTYPES[dtype], **kwargs)
+    model.config.architectures = [type(model).__name__]
+    return model
+
+
+def load_tokenizer(
+    spec: LLMSpec, template: Template, samples: Callable[[], Iterable[Sample]]
+) -> PreTrainedTokenizerFast:
+    """The LLM's own tokenizer, another one, or a byte-level BPE trained on the samples."""
+    if isinstance(spec.tokenizer, TokenizerSpec):
+        return train_tokenizer(template, samples(), spec.tokenizer.vocab_size)
+    tokenizer = found("tokenizer", spec.tokenizer or spec.name, AutoTokenizer.from_pretrained, use_fast=True)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    return tokenizer
+
+
+def fit_vocabulary(
+    config: PreTrainedConfig, tokenizer: PreTrainedTokenizerFast, stated: dict[str, Any]
+) -> PreTrainedConfig:
+    """Give a config the tokenizer's size and special ids where the recipe does not state them."""
+    fields = {
+        "vocab_size": len(tokenizer),
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    for name, value in fields.items():
+        if name not in stated:
+            setattr(config, name, value)
+    return config
+
+
+def found(part: str, name: str, load: Callable, **kwargs: Any) -> Any:
+    """`load(name)`, with one clear line when neither a directory nor the Hub has it."""
+    try:
+        return load(name, **kwargs)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0].rstrip(".")
+        raise UserError(
+            f"cannot load the {part.replace('_', ' ')} '{name}': not a local directory, and not to be had from the Hub"
+            f" ({reason})."
+            f"\nGive a local directory instead: model.{part}=/path/to/{name.rsplit('/', 1)[-1]}"
+        ) from None
+
+
+def config_of(part: str, fields: dict[str, Any]) -> PreTrainedConfig:
+    """A transformers config from a recipe's mapping; `model_type` says which."""
+    fields = dict(fields)
+    model_type = fields.pop("model_type", None)
+    if model_type is None:
+        raise UserError(
+            f"model.{part}.config needs `model_type`, the transformers name of the architecture, like llama."
+        )
+    try:
+        known = AutoConfig.for_model(model_type)
+    except ValueError:
+        raise UserError(f"model.{part}.config: transformers knows no model_type '{model_type}'.") from None
+    wrong = [name for name in fields if not hasattr(known, name)]
+    if wrong:
+        known_names = [name for name in known.to_dict() if not name.startswith("_")]
+        raise UserError(
+            f"model.{part}.config: {model_type} has no field {', '.join(wrong)}{nearest(wrong[0], known_names)}"
+        )
+    return AutoConfig.for_model(model_type, **fields)
+
+
+def tower_family(config: PreTrainedConfig) -> Any:
+    """What the package knows about a tower, by its config's model_type."""
+    return Factory("vision_towers").get(config.model_type.removesuffix("_vision_model").removesuffix("_vision"))
+
+
+def default_template(config: PreTrainedConfig) -> str:
+    """The template of an LLM family, when a recipe names none: its file's, else the tokenizer's own chat template."""
+    llms = Factory("llms")
+    return llms.get(config.model_type).template if config.model_type in llms.names() else "native"
+
+
+def tower_images(spec: VisionTowerSpec, config: PreTrainedConfig) -> tuple[dict, int]:
+    """Fields of the image processor, from the tower's own where it has one, and the side of the picture it makes."""
+    fields = dict(tower_family(config).image_processor(config))
+    if spec.name is not None:
+        try:
+            own = AutoImageProcessor.from_pretrained(spec.name, backend="pil").to_dict()
+        except OSError:
+            logger.info("%s has no image processor of its own: using the family's settings", spec.name)
+        else:
+            names = ("size", "crop_size", "do_center_crop", "image_mean", "image_std", "resample")
+            fields |= {name: own[name] for name in names if own.get(name) is not None}
+    cropped = fields.get("do_center_crop") and fields.get("crop_size")
+    side = (fields["crop_size"] if cropped else fields["size"]).get("height", config.image_size)
+    return fields, side
+
+
+def check_feature_layers(config: TinyLlavaConfig) -> None:
+    """Raise UserError when the tower lacks a layer that the recipe asks for."""
+    layers = config.vision_config.num_hidden_layers
+    wanted = config.vision_feature_layer
+    for layer in [wanted] if isinstance(wanted, int) else wanted:
+        if not -layers - 1 <= layer <= layers:
+            raise UserError(
+                f"vision_tower.feature_layer {layer}: the tower has {layers} layers."
+                f" Ask for one of {-layers - 1} .. {layers}."
+            )
+
+
+@torch.no_grad()
+def head_of(llm: PreTrainedModel) -> dict[str, Any]:
+    """What the LLM does between its last hidden state and its logits: bias, scale, soft cap. Raises UserError for
+    anything else.
+
+    Llava keeps the base model and one linear layer; Phi-2's bias, Granite's scaling and Gemma2's cap would silently be
+    lost.
+    """
+    head = llm.get_output_embeddings()
+    if not isinstance(head, nn.Linear):
+        raise UserError(f"{type(llm).__name__} has no linear output head: it cannot be the LLM of a Llava model.")
+    was_training = llm.training
+    llm.eval()
+    ids = torch.arange(8, device=llm.device).unsqueeze(0) % llm.config.vocab_size
+    wanted = llm(ids, use_cache=False).logits.float()
+    plain = head(llm.base_model(ids, use_cache=False).last_hidden_state).float()
+    llm.train(was_training)
+    bias = {"head_bias": head.bias is not None}
+    scale = ((wanted * plain).sum() / (plain * plain).sum()).item()
+    for exact in (
+        1.0,
+        getattr(llm.config, "logit_scale", None),
+        1.0 / getattr(llm.config, "logits_scaling", 1.0),
+        scale,
+    ):
+        if exact is not None and _equal(wanted, plain * exact, llm.dtype):
+            return bias | {"head_scale": float(exact)}
+    cap = getattr(llm.config, "final_logit_softcapping", None)
+    if cap and _equal(wanted, torch.tanh(plain / cap) * cap, llm.dtype):
+        return bias | {"head_softcap": float(cap)}
+    raise UserError(
+        f"{type(llm).__name__} changes its logits in a way the model class cannot hold"
+        f" (off by {(wanted - plain).abs().max():.2g})."
+        " It needs a file in llms/ and a place in TinyLlavaConfig."
+    )
+
+
+def _equal(a: Tensor, b: Tensor, dtype: torch.dtype) -> bool:
+    """Whether two computations of the same logits agree, but for rounding (a soft cap of 30 changes small logits by
+    1e-4).
+    """
+    return bool((a - b).norm() <= 8 * torch.finfo(dtype).eps * b.norm())
+
+
+def train_tokenizer(template: Template, samples: Iterable[Sample], vocab_size: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE of at most `vocab_size` entries, trained on the samples as `template` writes them: it can write
+    any text.
+    """
+
+    def made(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
+        return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+
+    specials = ["<s>", "</s>", "<pad>", IMAGE_TOKEN]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    kwargs = {"special_tokens": specials, "initial_alphabet": alphabet, "show_progress": False}
+    tokenizer.train_from_iterator([], trainers.BpeTrainer(vocab_size=len(specials) + 256, **kwargs))
+    bytes_only = made(tokenizer)
+    rendered = (template.render(sample, bytes_only)[0] for sample in islice(samples, TOKENIZER_SAMPLES))
+    pattern = re.compile("|".join(map(re.escape, specials)))
+    texts = (piece for text in rendered for piece in pattern.split(text) if piece)
+    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=vocab_size, **kwargs))
+    return made(tokenizer)

@@ -1,0 +1,406 @@
+"""One directory is one checkpoint, in the layout the world reads.
+
+    config.json  model.safetensors.index.json  vision_tower*.safetensors  connector.safetensors
+    language_model*.safetensors tokenizer, processor, chat template  [adapter_config.json  adapter_model.safetensors]
+    tinyllava.json
+
+Weights carry the published `llava-hf` names. The config is plain `llava` wherever that is exact, so that transformers
+and vLLM load the directory as it is; `why_not_plain` says when it is not. Every part has files of its own: what did
+not change since the last save is a hard link. `tinyllava.json` is written last and lists every file with its size: a
+directory that is not whole is refused.
+"""
+
+import copy
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from peft import get_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoConfig, LlavaConfig, LlavaProcessor
+from transformers.utils import logging as transformers_logging
+
+from tinyllava.data.template import Template
+from tinyllava.errors import UserError
+from tinyllava.factory import Factory
+from tinyllava.model.modeling import TinyLlavaConfig, TinyLlavaForConditionalGeneration
+from tinyllava.model.processor import TinyLlavaProcessor, build_processor
+
+RECORD = "tinyllava.json"
+INDEX = "model.safetensors.index.json"
+ADAPTER = "adapter_model.safetensors"
+FORMAT = 1
+PREFIXES = {"vision_tower": "vision_tower.", "connector": "multi_modal_projector.", "llm": "language_model."}
+FILES = {"vision_tower": "vision_tower", "connector": "connector", "llm": "language_model"}
+# transformers 5 lost the `vision_model.` level of these towers in memory; published checkpoints and vLLM have it.
+NESTED_TOWERS = {"clip_vision_model", "siglip_vision_model"}
+
+
+# -- what is plain -----------------------------------------------------------------------------------------------------
+
+
+def why_not_plain(model: TinyLlavaForConditionalGeneration) -> str | None:
+    """None when transformers' own Llava computes exactly this model, else the reason in a few words."""
+    config = model.config
+    ((name, _),) = config.connector.items()
+    projector = getattr(model.model.multi_modal_projector, "llava_projector", lambda: None)()
+    if projector is None:
+        return f"the connector {name} is not Llava's two-layer projector"
+    if config.head_bias or config.head_scale != 1.0 or config.head_softcap is not None:
+        return "the LLM's output head has a bias, a scale or a soft cap, which Llava's has not"
+    if config.vision_feature_select_strategy == "default" and config.prefix_tokens != 1:
+        return f"the tower has {config.prefix_tokens} prefix tokens, and Llava drops exactly one"
+    if config.image_size != config.vision_config.image_size and config.vision_config.model_type in NESTED_TOWERS:
+        return "the pictures are not of the tower's own size, and Llava does not interpolate positions"
+    return None
+
+
+def plain_config(model: TinyLlavaForConditionalGeneration) -> LlavaConfig:
+    """The Llava config of a model for which `why_not_plain` is None."""
+    config = model.config
+    names = ("image_token_index", "image_seq_length", "vision_feature_select_strategy", "vision_feature_layer")
+    plain = LlavaConfig(  # copies: a config resets the attention implementation of the configs it is given
+        vision_config=copy.deepcopy(config.vision_config),
+        text_config=copy.deepcopy(config.text_config),
+        tie_word_embeddings=config.tie_word_embeddings,
+        **{name: getattr(config, name) for name in names},
+        **model.model.multi_modal_projector.llava_projector(),
+    )
+    plain.architectures, plain.dtype = ["LlavaForConditionalGeneration"], config.dtype
+    return plain
+
+
+# -- saving ------------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def aside(directory: Path) -> Iterator[Path]:
+    """Write into a directory beside `directory`, which appears only when all is written; what stood there before stays
+    until then.
+    """
+    temporary = directory.with_name(f".{directory.name}.partial")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        if directory.exists():
+            shutil.rmtree(directory)
+        temporary.rename(directory)
+    except OSError as error:
+        if error.errno not in {errno.ENOSPC, errno.EDQUOT}:
+            raise
+        free = shutil.disk_usage(directory.parent).free // 2**20
+        raise UserError(
+            f"disk full while saving {directory} ({free} MiB free)."
+            " Earlier checkpoints are untouched: free some space and start the same command again."
+        ) from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def save(
+    model: TinyLlavaForConditionalGeneration,
+    processor: TinyLlavaProcessor,
+    template: Template,
+    directory: Path,
+    run: Mapping[str, Any] | None = None,
+    state_dict: Mapping[str, Tensor] | None = None,
+    reuse: Mapping[str, list[Path]] | None = None,
+) -> dict[str, list[Path]]:
+    """Write a whole checkpoint into `directory` and return the weight files of each part.
+
+    `run` is what made it (recipe, stage, step, versions, data), kept in the record. `state_dict` replaces the model's
+    own where a sharded trainer gathered it. `reuse` names files that hold exactly the weights of a part: they are
+    linked, not written.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    state = {name: tensor for name, tensor in (state_dict or model.state_dict()).items()}
+    plain = why_not_plain(model) is None
+    config = plain_config(model) if plain else model.config
+    if not plain:
+        config.architectures = [type(model).__name__]
+    config.save_pretrained(directory)
+    model.generation_config.save_pretrained(directory)
+    (processor.plain() if plain else processor).save_pretrained(directory)
+    files = write_weights(published_state(model, state), directory, reuse or {})
+    if has_adapter(model):
+        write_adapter(model, state, directory)
+    record = {
+        "format": FORMAT,
+        "plain": plain,
+        "model": {name: getattr(model.config, name) for name in TinyLlavaConfig.own_fields()},
+        "template": {"name": template.name, "compat": template.compat, "source": template.source},
+        "run": dict(run or {}),
+    }
+    write_record(directory, record)
+    return files
+
+
+def write_record(directory: Path, record: Mapping[str, Any]) -> None:
+    """The last file of a checkpoint: what it is, and every file with its size."""
+    sizes = {
+        str(path.relative_to(directory)): path.stat().st_size for path in sorted(directory.rglob("*")) if path.is_file()
+    }
+    sizes.pop(RECORD, None)
+    (directory / RECORD).write_text(json.dumps({**record, "files": sizes}, indent=2) + "\n", encoding="utf-8")
+
+
+def published_name(model: TinyLlavaForConditionalGeneration, name: str) -> str:
+    """The name that a parameter in memory has on disk."""
+    nested = "vision_model." if model.config.vision_config.model_type in NESTED_TOWERS else ""
+    renames = {
+        "model.vision_tower.": f"vision_tower.{nested}",
+        "model.multi_modal_projector.": PREFIXES["connector"],
+        "model.language_model.": "language_model.model.",
+        "lm_head.": "language_model.lm_head.",
+    }
+    old = next(prefix for prefix in renames if name.startswith(prefix))
+    return renames[old] + name.removeprefix(old).replace(".base_layer.", ".")
+
+
+def published_state(model: TinyLlavaForConditionalGeneration, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The base weights under their published names, without adapters; a tied head is left out."""
+    tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
+    base = {name: tensor for name, tensor in state.items() if ".lora_" not in name and name not in tied}
+    published = {published_name(model, name): tensor for name, tensor in base.items()}
+    if why_not_plain(model) is None:
+        connector = {name: published.pop(name) for name in list(published) if name.startswith(PREFIXES["connector"])}
+        published |= _as_llava(model, connector, PREFIXES["connector"])
+    return published
+
+
+def _as_llava(model: TinyLlavaForConditionalGeneration, state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The connector's weights as Llava's projector has them."""
+    to_llava = getattr(model.model.multi_modal_projector, "to_llava", dict)
+    made = to_llava({name.removeprefix(prefix): tensor for name, tensor in state.items()})
+    return {prefix + name: tensor.to(model.dtype) for name, tensor in made.items()}
+
+
+def write_weights(
+    published: Mapping[str, Tensor], directory: Path, reuse: Mapping[str, list[Path]]
+) -> dict[str, list[Path]]:
+    """safetensors files per part, and the index over them."""
+    weight_map: dict[str, str] = {}
+    files: dict[str, list[Path]] = {}
+    total = 0
+    for part, prefix in PREFIXES.items():
+        state = {name: tensor for name, tensor in published.items() if name.startswith(prefix)}
+        total += sum(tensor.numel() * tensor.element_size() for tensor in state.values())
+        pattern = FILES[part] + "{suffix}.safetensors"
+        plan = split_torch_state_dict_into_shards(state, filename_pattern=pattern, max_shard_size="5GB")
+        names = sorted(plan.filename_to_tensors) if state else []
+        files[part] = [directory / name for name in names]
+        for name in names:
+            weight_map |= dict.fromkeys(plan.filename_to_tensors[name], name)
+        sources = {path.name: path for path in reuse.get(part, [])}
+        if names and all(name in sources and sources[name].is_file() for name in names):
+            for name in names:
+                link(sources[name], directory / name)
+            continue
+        for name in names:
+            tensors = {key: state[key].detach().cpu().contiguous() for key in plan.filename_to_tensors[name]}
+            save_file(tensors, directory / name, metadata={"format": "pt"})
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    return files
+
+
+def part_files(directory: Path) -> dict[str, list[Path]]:
+    """The weight files of each part in a checkpoint that `save` wrote."""
+    return {part: sorted(directory.glob(f"{stem}*.safetensors")) for part, stem in FILES.items()}
+
+
+def link(source: Path, target: Path) -> None:
+    """A hard link, or a copy where the file system has none."""
+    try:
+        os.link(source, target)
+    except OSError as error:
+        if error.errno in {errno.ENOSPC, errno.EDQUOT}:
+            raise
+        shutil.copy2(source, target)
+
+
+# -- adapters ----------------------------------------------------------------------------------------------------------
+
+
+def has_adapter(model: TinyLlavaForConditionalGeneration) -> bool:
+    """Whether LoRA layers are in the model."""
+    return bool(getattr(model, "peft_config", None))
+
+
+def write_adapter(model: TinyLlavaForConditionalGeneration, state: Mapping[str, Tensor], directory: Path) -> None:
+    """The adapter in peft's files.
+
+    It carries the connector too (`modules_to_save`), so that it is whole even without its directory.
+    """
+    config = model.peft_config["default"]
+    lora = get_peft_model_state_dict(model, state_dict={name: t for name, t in state.items() if ".lora_" in name})
+    prefix = "model.multi_modal_projector."
+    connector = {name: tensor for name, tensor in state.items() if name.startswith(prefix) and ".lora_" not in name}
+    connector = {name.replace(".base_layer.", "."): tensor for name, tensor in connector.items()}
+    if why_not_plain(model) is None:
+        connector = _as_llava(model, connector, prefix)
+    carried = bool(connector) and not any(name.startswith(prefix) for name in lora)
+    adapter = {**lora, **(connector if carried else {})}
+    tensors = {f"base_model.model.{name}": tensor.detach().cpu().contiguous() for name, tensor in adapter.items()}
+    save_file(tensors, directory / ADAPTER, metadata={"format": "pt"})
+    config.base_model_name_or_path = "."  # the base lies beside it
+    config.inference_mode, training = True, config.inference_mode
+    config.modules_to_save = ["multi_modal_projector"] if carried else None
+    config.save_pretrained(directory)
+    config.inference_mode, config.modules_to_save = training, None
+
+
+def merge(model: TinyLlavaForConditionalGeneration) -> TinyLlavaForConditionalGeneration:
+    """Fold the adapter into the base weights, in place: W + (alpha / r) B A. Raises UserError when there is none."""
+    if not has_adapter(model):
+        raise UserError("there is no adapter to merge: the checkpoint is full already.")
+    for name, module in list(model.named_modules()):
+        if isinstance(module, BaseTunerLayer):
+            module.merge(safe_merge=True)
+            _replace_module(model, name, module.get_base_layer())
+    del model.peft_config
+    model._hf_peft_config_loaded = False
+    return model
+
+
+def _replace_module(model: torch.nn.Module, name: str, module: torch.nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
+# -- loading -----------------------------------------------------------------------------------------------------------
+
+
+def read_record(directory: Path) -> dict[str, Any] | None:
+    """The record of a checkpoint we wrote, None for anybody else's.
+
+    Raises UserError when the directory is not whole.
+    """
+    if not (directory / "config.json").is_file():
+        raise UserError(
+            f"{directory} is no checkpoint: it has no config.json. Give a directory made by `tinyllava train`."
+        )
+    if not (directory / RECORD).is_file():
+        if (directory / INDEX).is_file() or (directory / "model.safetensors").is_file():
+            return None
+        raise UserError(f"{directory} is half written: it has a config.json but no weights. Use an earlier checkpoint.")
+    record = json.loads((directory / RECORD).read_text(encoding="utf-8"))
+    if record.get("format", 0) > FORMAT:
+        raise UserError(
+            f"{directory} was written by a newer version of tinyllava (format {record['format']}). Update tinyllava."
+        )
+    for name, size in record["files"].items():
+        found = (directory / name).stat().st_size if (directory / name).is_file() else None
+        if found != size:
+            state = "is missing" if found is None else f"has {found} bytes instead of {size}"
+            raise UserError(f"{directory} is damaged: {name} {state}. Use an earlier checkpoint, or copy it again.")
+    return record
+
+
+def load(
+    directory: Path, dtype: torch.dtype | str = "auto", attn_implementation: str | None = None
+) -> tuple[TinyLlavaForConditionalGeneration, TinyLlavaProcessor, Template, dict[str, Any]]:
+    """Model (adapter included, on the CPU, in eval mode), processor, template and record of a checkpoint directory.
+
+    Reads what `save` wrote and checkpoints in `llava-hf` layout. Raises UserError when files or weights are missing.
+    """
+    directory = Path(directory)
+    record = read_record(directory) or {}
+    config = AutoConfig.from_pretrained(directory)
+    if config.model_type not in {"llava", TinyLlavaConfig.model_type}:
+        raise UserError(f"{directory} holds a {config.model_type} model, not a llava one.")
+    plain_processor = LlavaProcessor.from_pretrained(directory, backend="pil")
+    if config.model_type == "llava":
+        config = _from_plain(config, plain_processor, record)
+    kwargs = {"attn_implementation": attn_implementation} if attn_implementation else {}
+    with _quiet():
+        model, info = TinyLlavaForConditionalGeneration.from_pretrained(
+            directory, config=config, dtype=dtype, output_loading_info=True, **kwargs
+        )
+    extra = {name for name in info["unexpected_keys"] if "multi_modal_projector.linear_" not in name}
+    if info["missing_keys"] or extra or info["mismatched_keys"]:
+        wrong = sorted([*info["missing_keys"], *extra])[:3]
+        raise UserError(
+            f"{directory} does not fit its own config: {len(info['missing_keys'])} weights missing,"
+            f" {len(extra)} unexpected, {len(info['mismatched_keys'])} of another shape (first: {', '.join(wrong)})."
+        )
+    for name, module in list(model.named_modules()):
+        if isinstance(module, ModulesToSaveWrapper):  # the connector inside an adapter: the same weights as in the base
+            _replace_module(model, name, module.modules_to_save["default"])
+    processor = build_processor(
+        config,
+        plain_processor.image_processor,
+        plain_processor.tokenizer,
+        plain_processor.chat_template,
+        config.image_seq_length,
+    )
+    return model.eval(), processor, _template_of(record), record
+
+
+def restore(model: TinyLlavaForConditionalGeneration, directory: Path) -> None:
+    """Read the weights of a checkpoint of this very model back into it, adapter included (to resume a run).
+
+    Raises UserError when the checkpoint lacks a weight.
+    """
+    read_record(directory)
+    index = json.loads((directory / INDEX).read_text(encoding="utf-8"))["weight_map"]
+    stored: dict[str, Tensor] = {}
+    for file in sorted({*index.values(), *([ADAPTER] if has_adapter(model) else [])}):
+        stored |= load_file(directory / file)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            lora = name.replace(".default.", ".")
+            key = f"base_model.model.{lora}" if ".lora_" in name else published_name(model, name)
+            if key not in stored:
+                raise UserError(
+                    f"{directory} lacks {key}: it is a checkpoint of another model or tuning. Use another --output."
+                )
+            parameter.copy_(stored[key])
+
+
+def _from_plain(config: LlavaConfig, processor: LlavaProcessor, record: Mapping[str, Any]) -> TinyLlavaConfig:
+    """Our config of a plain llava checkpoint: from its record, or for anybody else's from what Llava's config
+    implies.
+    """
+    fields = config.to_dict()
+    fields.pop("model_type", None)
+    family = config.vision_config.model_type.removesuffix("_vision_model")
+    implied = {
+        "connector": {"mlp": {"layers": 2, "act": config.projector_hidden_act}},
+        "prefix_tokens": Factory("vision_towers").get(family).prefix_tokens(config.vision_config),
+        "image_size": processor.image_processor.crop_size["height"],
+        "image_mean": list(processor.image_processor.image_mean),
+        "image_std": list(processor.image_processor.image_std),
+    }
+    return TinyLlavaConfig(**{**fields, **implied, **record.get("model", {})})
+
+
+def _template_of(record: Mapping[str, Any]) -> Template:
+    stored = record.get("template")
+    if stored is None:
+        return Template.load("native")
+    if stored["compat"]:
+        return Template.load(stored["name"], compat=True)
+    return Template(stored["name"], stored["source"])  # its text, not its name: a user's file may be gone by now
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Our own message names what is missing; transformers' table of the same would come first."""
+    before = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(before)

@@ -1,0 +1,26 @@
+"""`clip`: CLIP's image encoder (arXiv 2103.00020).
+
+One CLS token; short side resized, centre crop, CLIP's own statistics.
+"""
+
+from transformers import PretrainedConfig
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+
+
+class VisionTower:
+    """What loading a CLIP tower needs to know."""
+
+    @staticmethod
+    def prefix_tokens(config: PretrainedConfig) -> int:
+        """The CLS token."""
+        return 1
+
+    @staticmethod
+    def image_processor(config: PretrainedConfig) -> dict:
+        """Bicubic resize of the short side to the image size, centre crop."""
+        return {
+            "size": {"shortest_edge": config.image_size},
+            "do_center_crop": True,
+            "image_mean": OPENAI_CLIP_MEAN,
+            "image_std": OPENAI_CLIP_STD,
+        }

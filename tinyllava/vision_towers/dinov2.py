@@ -1,0 +1,28 @@
+"""`dinov2`: DINOv2 (arXiv 2304.07193). One CLS token; ImageNet statistics."""
+
+from transformers import PretrainedConfig
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
+
+class VisionTower:
+    """What loading a DINOv2 tower needs to know."""
+
+    @staticmethod
+    def prefix_tokens(config: PretrainedConfig) -> int:
+        """The CLS token."""
+        return 1
+
+    @staticmethod
+    def image_processor(config: PretrainedConfig) -> dict:
+        """Resize of the short side by 256 / 224 of the crop, then centre crop, as DINOv2's own processor does.
+
+        DINOv2 was trained at 518 px but is published with a 224 px processor; its position embeddings are interpolated.
+        """
+        crop = min(224, config.image_size)
+        return {
+            "size": {"shortest_edge": crop * 256 // 224},
+            "crop_size": {"height": crop, "width": crop},
+            "do_center_crop": True,
+            "image_mean": IMAGENET_DEFAULT_MEAN,
+            "image_std": IMAGENET_DEFAULT_STD,
+        }
