@@ -15,6 +15,7 @@ import typer
 
 from tinyllava.console import messages, output, show_error, show_log
 from tinyllava.errors import UserError
+from tinyllava.factory import Factory
 
 INTERRUPTED = 130
 
@@ -39,6 +40,8 @@ Checkpoint = Annotated[
     str, typer.Argument(metavar="CHECKPOINT", help="A checkpoint, or a run such as runs/quickstart.")
 ]
 
+DataRoot = Annotated[str | None, typer.Option("--data", metavar="ROOT", help="The folder of the benchmarks' data.")]
+
 
 @app.callback()
 def options(
@@ -54,29 +57,46 @@ def train(
     output_dir: Annotated[
         Path | None, typer.Option("--output", help="The run's directory; by default runs/RECIPE.")
     ] = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Delete a run that is there, instead of continuing it.")
-    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete what an earlier run left there.")] = False,
+    data: DataRoot = None,
 ) -> None:
     """Train all stages of a recipe, then score what its `eval` names. Run it again to continue an interrupted run."""
     from tinyllava.config import load_recipe
 
     loaded, name = load_recipe(recipe, overrides), Path(recipe).stem
+    needs_data(loaded.eval, data)
     from tinyllava.train import stage
     from tinyllava.train.record import is_main_process
 
-    run = output_dir or Path("runs") / name
-    final = stage.run(loaded, name, run, overwrite=overwrite)
+    run_dir = output_dir or Path("runs") / name
+    final = stage.run(loaded, name, run_dir, overwrite=overwrite)
     if not is_main_process():
         return
     if loaded.eval:
-        scores(str(final), loaded.eval, Path(), run)
-    output.print(f"\nTalk to it:   tinyllava chat {shlex.quote(str(run))}", highlight=False, soft_wrap=True)
-    output.print(f"The weights:  {final}", highlight=False, soft_wrap=True)
+        score(final, loaded.eval, data, run_dir)
+    output.print(f"\ntalk to it   tinyllava chat {shlex.quote(str(run_dir))}", highlight=False, soft_wrap=True)
+    output.print(f"the weights  {final}", highlight=False, soft_wrap=True)
 
 
-def scores(checkpoint: str, tasks: list[str], root: Path, folder: Path) -> None:
-    """Score a checkpoint, and show the table."""
+def needs_data(tasks: list[str], root: str | None) -> None:
+    """Raise UserError for a benchmark whose data are nowhere: before training, not after."""
+    for task in tasks:
+        if root is None and not hasattr(Factory("benchmarks").get(task), "locate"):
+            raise UserError(
+                f"{task} needs its data: give --data ROOT. (`tinyllava list benchmarks` says what each is.)"
+            )
+
+
+def score(checkpoint: Path, tasks: list[str], root: str | None, folder: Path) -> None:
+    """Ask and score a checkpoint, and show the table and where the sample answers lie."""
+    from tinyllava.eval.run import evaluate, print_scores
+    from tinyllava.infer import Session
+
+    results = evaluate(Session.load(checkpoint), tasks, root, folder)
+    print_scores(results, output)
+    for task in tasks:
+        page = folder / "eval" / task / "samples.html"
+        output.print(f"{task}: sample answers with their pictures in {page}", highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -114,16 +134,13 @@ def chat(
 def evaluate(
     checkpoint: Checkpoint,
     tasks: Annotated[str, typer.Option(help="Benchmarks of `tinyllava list benchmarks`, with commas between.")],
-    data: Annotated[Path, typer.Option(metavar="ROOT", help="The folder of the benchmarks' data.")] = Path(),
-    output_dir: Annotated[Path | None, typer.Option("--output", help="Where answers and results go.")] = None,
+    data: DataRoot = None,
+    output_dir: Annotated[Path | None, typer.Option("--output", help="By default the CHECKPOINT's directory.")] = None,
 ) -> None:
     """Ask a checkpoint a benchmark's questions and score its answers by the official rules."""
-    from tinyllava.factory import Factory
-
     named = [task.strip() for task in tasks.split(",") if task.strip()]
-    for task in named:
-        Factory("benchmarks").path(task)
-    scores(checkpoint, named, data, output_dir)
+    needs_data(named, data)
+    score(Path(checkpoint), named, data, output_dir or Path(checkpoint))
 
 
 @app.command()

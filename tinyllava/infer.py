@@ -123,7 +123,12 @@ class Session:
             if dtype not in DTYPES:
                 raise UserError(f"unknown dtype '{dtype}'. Known: {', '.join(DTYPES)}.")
             dtype = DTYPES[dtype]
-        model, processor, template, record = checkpoint.load(directory, dtype, attn_implementation)
+        try:
+            model, processor, template, record = checkpoint.load(directory, dtype, attn_implementation)
+        except (ImportError, ValueError) as error:
+            if attn_implementation is None:
+                raise
+            raise UserError(f"cannot use attention '{attn_implementation}': {str(error).splitlines()[0]}") from None
         return cls(model.to(device), processor, template, record, directory)
 
     # -- talking -------------------------------------------------------------------------------------------------------
@@ -194,8 +199,8 @@ class Session:
             prompts = {index: self.prompt(samples[index]) for index in pool}
             limits = {index: self.room(prompts[index], **generation) for index in pool}
             for batch in batches(prompts, limits, batch_size):
-                generation["max_new_tokens"] = limits[batch[0]]
-                yield from zip(batch, self._answer([prompts[index] for index in batch], **generation), strict=True)
+                options = {**generation, "max_new_tokens": limits[batch[0]]}
+                yield from zip(batch, self._answer([prompts[index] for index in batch], **options), strict=True)
 
     def stream_answer(self, sample: Sample, **generation: Any) -> Iterator[str]:
         """The answer to one sample in pieces, which joined are what `generate` gives. Closing it stops the model."""
@@ -257,9 +262,8 @@ class Session:
         embeds = self.model.get_input_embeddings()(ids)
         images = [image for prompt in prompts for image in prompt.images]
         if images:
-            embeds = embeds.masked_scatter(
-                (ids == image_id)[..., None], torch.cat(self._image_tokens(images)).to(embeds)
-            )
+            tokens = torch.cat(self._image_tokens(images)).to(embeds)
+            embeds = embeds.masked_scatter((ids == image_id)[..., None], tokens)
         # `generate` makes positions only for a model whose forward names them; learned ones would count the padding.
         positions = (mask.cumsum(1) - 1).clamp(min=0)
         return {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "inputs_embeds": embeds}
@@ -272,9 +276,10 @@ class Session:
         for start in range(0, len(missing), TOWER_ROWS):
             keys = missing[start : start + TOWER_ROWS]
             pixels = self.processor.pixels([open_image(references[key]) for key in keys]).to(self.model.device)
-            made |= zip(keys, self.model.model.get_image_features(pixels).pooler_output, strict=True)
+            tokens = self.model.model.get_image_features(pixels).pooler_output
+            made |= {key: own.clone() for key, own in zip(keys, tokens, strict=True)}  # a view keeps all others alive
         for key, tokens in made.items():
-            self._features[key] = tokens.clone()  # not a view that keeps its whole batch alive
+            self._features[key] = tokens
             self._features.move_to_end(key)
         while len(self._features) > self._cache_size():
             self._features.popitem(last=False)
@@ -282,10 +287,8 @@ class Session:
 
     def _cache_size(self) -> int:
         """How many pictures the cache holds."""
-        config = self.model.config
-        return max(
-            1, IMAGE_CACHE // (config.image_seq_length * config.text_config.hidden_size * self.model.dtype.itemsize)
-        )
+        numbers = self.processor.tokens_per_image * self.model.config.text_config.hidden_size
+        return max(1, IMAGE_CACHE // (numbers * self.model.dtype.itemsize))
 
     def _forget_urls(self) -> None:
         """A URL may show something else in the next call."""
@@ -294,13 +297,8 @@ class Session:
 
 
 def _device(name: str | torch.device | None) -> torch.device:
-    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-    try:
-        device = torch.device(name or found)
-    except RuntimeError:
-        raise UserError(
-            f"unknown device '{name}'. This machine has cpu{'' if found.type == 'cpu' else ', ' + found.type}."
-        ) from None
-    if device.type not in ("cpu", found.type):
-        raise UserError(f"no device '{device.type}' on this machine: it has {found.type}.")
-    return device
+    best = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    known = sorted({"cpu", best.type})
+    if str(name or best).partition(":")[0] not in known:
+        raise UserError(f"no device '{name}' on this machine. It has: {', '.join(known)}.")
+    return torch.device(name or best)

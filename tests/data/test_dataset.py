@@ -188,13 +188,15 @@ def test_weights_and_several_files(build, write, llava, folder):
     assert data[37]["index"] == 37 and data[37]["pixel_values"] is not None
 
 
-def test_tokenised_once_and_again_when_anything_that_matters_changes(build, write, llava, cache, monkeypatch):
+def test_tokenised_once_and_again_when_something_changes(build, write, llava, tokenizer, monkeypatch):
     path = write([llava("1", "red.jpg", ("<image> what?", "a cat"))])
     calls = []
     original = Template.encode
     monkeypatch.setattr(Template, "encode", lambda *a: calls.append(1) or original(*a))
     first = build(path)
     assert calls == [1]
+    assert build(path).fingerprint == first.fingerprint
+    tokenizer(["pad", "this please"], padding=True, truncation=True, max_length=4)  # leaves its mark in the tokenizer
     assert build(path).fingerprint == first.fingerprint
     assert calls == [1]
     changed = [

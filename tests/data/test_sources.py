@@ -9,8 +9,10 @@ import datasets
 import pytest
 
 from tinyllava.config import DataSpec
+from tinyllava.data.images import open_image
 from tinyllava.data.sample import SampleError
 from tinyllava.data.sources import _json, read
+from tinyllava.data.stamps import prepare
 from tinyllava.errors import UserError
 
 
@@ -222,6 +224,24 @@ def test_a_failed_conversion_leaves_nothing(tmp_path, cache):
     with pytest.raises(UserError):
         opened(str(path), format="messages")
     assert [file.suffix for file in (cache / "records").iterdir()] == [".lock"]
+
+
+def test_stamps_are_composed_once_and_read(cache, monkeypatch):
+    made = []
+
+    def few(*arguments, **options) -> Path:
+        made.append(prepare(*arguments, **options, scale=0.002))
+        return made[-1]
+
+    monkeypatch.setattr("tinyllava.data.stamps.prepare", few)
+    for part in ("captions", "instructions", "validation"):
+        source = opened(f"stamps:tiny/{part}")
+        samples = list(source.samples())
+        assert len(samples) == len(source) >= 8 and source.path == f"stamps:tiny/{part}"
+        for sample in samples:
+            sample.check()
+            assert all(open_image(image, source.roots).size == (64, 64) for image in sample.images)
+    assert len(set(made)) == 1 and made[0].is_relative_to(cache)
 
 
 def test_a_cache_that_cannot_be_written(tmp_path, write, llava, monkeypatch):

@@ -26,7 +26,9 @@ def test_frozen_trains_the_connector_alone() -> None:
     assert rows["connector"].trainable == rows["connector"].parameters > 0 == rows["llm"].trainable
 
 
-@pytest.mark.parametrize("tower,layers", [(CLIP, "encoder.layers"), (SIGLIP, "encoder.layers"), (DINOV2, "encoder.layer")])
+@pytest.mark.parametrize(
+    "tower,layers", [(CLIP, "encoder.layers"), (SIGLIP, "encoder.layers"), (DINOV2, "encoder.layer")]
+)
 def test_partial_finds_the_last_used_layers_of_any_tower(tower: dict, layers: str) -> None:
     _, _, trained = tuned({"vision_tower": {"partial": {"last": 1}}, "connector": "frozen"}, tower=tower)
     # three layers, features from before the last one: the last layer in use is number 1

@@ -8,7 +8,6 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
@@ -99,16 +98,17 @@ def check(
     encoder = None
     if template is not None and tokenizer is not None and tokens_per_image is not None and max_length is not None:
         encoder = Encoder(template, tokenizer, tokens_per_image, max_length)
+    sources = [read(DataSpec(path=spec) if isinstance(spec, str) else spec, cache_dir) for spec in specs]
     report = Report()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, transient=True, console=messages) if progress else nullcontext() as bar:
-        for spec in specs:
-            source = read(DataSpec(path=spec) if isinstance(spec, str) else spec, cache_dir)
+    hidden = not (progress and messages.is_terminal)
+    with Progress(*columns, transient=True, console=messages, disable=hidden) as bar:
+        for source in sources:
             _check_source(source, encoder, report, bar)
     return report
 
 
-def _check_source(source: Source, encoder: Encoder | None, report: Report, bar: Progress | None) -> None:
+def _check_source(source: Source, encoder: Encoder | None, report: Report, bar: Progress) -> None:
     seen: Counter[str] = Counter()
     files: dict[str, list[str]] = {}  # picture file -> ids of the records that show it
     embedded = 0
@@ -183,8 +183,5 @@ def _decoded(
             yield from zip(window, problems, strict=True)
 
 
-def _counted(items: Iterator[Any], bar: Progress | None, description: str, total: int | None) -> Iterator[Any]:
-    if bar is None:
-        yield from items
-        return
-    yield from bar.track(items, total=total, description=escape(description))
+def _counted(items: Iterator[Any], bar: Progress, description: str, total: int | None) -> Iterator[Any]:
+    return iter(bar.track(items, total=total, description=escape(description)))

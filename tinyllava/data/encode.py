@@ -4,6 +4,7 @@ A bad record is a row too, with its `problem` and `detail`, so that a second run
 """
 
 import inspect
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -149,6 +150,10 @@ def expand(
 
 def tokenizer_hash(tokenizer: Any) -> str:
     """A hash of what the tokenizer does, wherever it was loaded from."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    content = backend.to_str() if backend is not None else sorted(tokenizer.get_vocab().items())
-    return digest(content, sorted(map(str, tokenizer.special_tokens_map.items())), tokenizer.chat_template)
+    content = json.loads(tokenizer.backend_tokenizer.to_str())
+    content |= {"truncation": None, "padding": None}  # what the last call asked for, not what the tokenizer is
+    return digest(
+        json.dumps(content, sort_keys=True),
+        sorted(map(str, tokenizer.special_tokens_map.items())),
+        tokenizer.chat_template,
+    )

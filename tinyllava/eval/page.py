@@ -35,6 +35,7 @@ article { background: var(--card); border: 1px solid var(--line); border-radius:
 article img { display: block; width: 100%; aspect-ratio: 1; object-fit: contain; background: #8882; }
 article div { padding: .5rem .7rem .7rem; overflow-wrap: anywhere; }
 .tag { font-size: .75rem; color: var(--dim); } .question { white-space: pre-line; }
+@media (max-width: 40rem) { .bar { width: 3.5rem; } th, td { padding-right: .5rem; } }
 .right { color: var(--good); font-weight: 600; } .wrong { color: var(--bad); font-weight: 600; }
 """.strip()
 

@@ -110,9 +110,10 @@ class Job:
         names = [(q.id, q.text, [Path(image).name for image in q.images], q.answer) for q in everything]
         self.data = {"root": str(root), "fingerprint": digest(*names), "questions": len(everything)}
         self.questions = spread(everything, limit)
-        missing = [error for q in self.questions for image in q.images if (error := absent(image, ()))]
+        pictures = dict.fromkeys(image for question in self.questions for image in question.images)
+        missing = [error for picture in pictures if (error := absent(picture, ()))]
         if missing:
-            raise UserError(f"{task}: {len(missing)} of its pictures cannot be read; the first: {missing[0]}.")
+            raise UserError(f"{task}: {len(missing)} of its {len(pictures)} pictures cannot be read: {missing[0]}.")
 
     def run(self, session: Session, made: dict[str, Any], batch_size: int | None, progress: bool) -> dict[str, Any]:
         """Ask what is not answered yet, score, write the task's files; returns its entry in results.json."""

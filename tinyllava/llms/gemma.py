@@ -1,4 +1,4 @@
-"""`gemma`: the default template of this family."""
+"""Gemma: the `gemma` template unless a recipe names another."""
 
 
 class LLM:

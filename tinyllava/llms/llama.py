@@ -1,4 +1,4 @@
-"""`llama`: the default template of this family."""
+"""Llama, TinyLlama and SmolLM2: the `llama` template unless a recipe names another."""
 
 
 class LLM:

@@ -1,4 +1,4 @@
-"""`phi`: the default template of this family."""
+"""Phi-1, Phi-1.5 and Phi-2: the `phi` template unless a recipe names another."""
 
 
 class LLM:

@@ -1,4 +1,4 @@
-"""`qwen2`: the default template of this family."""
+"""Qwen1.5, Qwen2 and Qwen2.5: the `qwen2_base` template unless a recipe names another (an Instruct model wants `template: qwen2_instruct`)."""
 
 
 class LLM:

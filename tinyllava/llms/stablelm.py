@@ -1,4 +1,4 @@
-"""`stablelm`: the default template of this family."""
+"""StableLM-2: the `phi` template unless a recipe names another (as in the original: its end-of-text token is Phi's)."""
 
 
 class LLM:

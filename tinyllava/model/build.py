@@ -8,13 +8,19 @@ hidden state is found by comparing logits, never believed from a list of names.
 
 import copy
 import logging
+import os
 import re
+import socket
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
+from functools import cache
 from itertools import islice
+from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import torch
+from huggingface_hub.constants import ENDPOINT, HF_HUB_OFFLINE
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import (
@@ -39,6 +45,8 @@ from tinyllava.model.processor import TinyLlavaProcessor, build_processor, image
 
 logger = logging.getLogger("tinyllava")
 TOKENIZER_SAMPLES = 20_000  # enough for a small vocabulary, a few seconds to render
+PART_NAMES = {"llm": "LLM", "vision_tower": "vision tower", "tokenizer": "tokenizer"}
+PART_KEYS = {"tokenizer": "llm.tokenizer"}
 DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -152,7 +160,7 @@ def load_tokenizer(
     """The LLM's own tokenizer, another one, or a byte-level BPE trained on the samples."""
     if isinstance(spec.tokenizer, TokenizerSpec):
         return train_tokenizer(template, samples(), spec.tokenizer.vocab_size)
-    tokenizer = found("tokenizer", spec.tokenizer or spec.name, AutoTokenizer.from_pretrained, use_fast=True)
+    tokenizer = found("tokenizer", spec.tokenizer or spec.name, AutoTokenizer.from_pretrained)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     return tokenizer
@@ -176,15 +184,29 @@ def fit_vocabulary(
 
 def found(part: str, name: str, load: Callable, **kwargs: Any) -> Any:
     """`load(name)`, with one clear line when neither a directory nor the Hub has it."""
+    local = Path(name).is_dir()
     try:
-        return load(name, **kwargs)
+        return load(name, local_files_only=not local and not hub_answers(), **kwargs)
     except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0].rstrip(".")
+        reason = str(error).strip().splitlines()[0].rstrip(".") if local else "neither a directory nor on the Hub"
+        if not local and not hub_answers():
+            reason = "no such directory, not in the Hub's cache, and the Hub cannot be reached"
         raise UserError(
-            f"cannot load the {part.replace('_', ' ')} '{name}': not a local directory, and not to be had from the Hub"
-            f" ({reason})."
-            f"\nGive a local directory instead: model.{part}=/path/to/{name.rsplit('/', 1)[-1]}"
+            f"cannot load the {PART_NAMES[part]} '{name}': {reason}."
+            f" Give a local directory: model.{PART_KEYS.get(part, part)}=/path/to/{name.rstrip('/').rsplit('/', 1)[-1]}"
         ) from None
+
+
+@cache
+def hub_answers() -> bool:
+    """Whether the Hub can be reached at all: without this question every file costs half a minute of retries offline."""
+    if HF_HUB_OFFLINE:
+        return False
+    try:
+        socket.create_connection((urlsplit(ENDPOINT).hostname, 443), timeout=5).close()
+    except OSError:
+        return bool(os.environ.get("HTTPS_PROXY") or os.environ.get("https_proxy"))
+    return True
 
 
 def config_of(part: str, fields: dict[str, Any]) -> PreTrainedConfig:
@@ -224,7 +246,9 @@ def tower_images(spec: VisionTowerSpec, config: PreTrainedConfig) -> tuple[dict,
     fields = dict(tower_family(config).image_processor(config))
     if spec.name is not None:
         try:
-            own = AutoImageProcessor.from_pretrained(spec.name, backend="pil").to_dict()
+            own = AutoImageProcessor.from_pretrained(
+                spec.name, backend="pil", local_files_only=not hub_answers()
+            ).to_dict()
         except OSError:
             logger.info("%s has no image processor of its own: using the family's settings", spec.name)
         else:

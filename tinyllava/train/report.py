@@ -186,16 +186,19 @@ def parts_table(rows: list[Tuned], lr: float) -> Table:
     """What is trained of each part, and at what learning rate (`lr` is the stage's, for parts that name none)."""
     table = Table(box=SIMPLE_HEAD, show_footer=True, pad_edge=False, collapse_padding=True)
     total, trainable = sum(row.parameters for row in rows), sum(row.trainable for row in rows)
-    table.add_column("part", "total", no_wrap=True)
-    table.add_column("class", overflow="fold")
+    table.add_column("part", "total")
+    table.add_column("class", no_wrap=True)
     table.add_column("parameters", _count(total), justify="right", no_wrap=True)
-    table.add_column("trainable", f"{_count(trainable)}\n{100 * trainable / max(total, 1):.1f} %", justify="right")
-    table.add_column("tuning", overflow="fold")
+    table.add_column(
+        "trainable", f"{_count(trainable)}\n{100 * trainable / max(total, 1):.1f} %", justify="right", no_wrap=True
+    )
+    table.add_column("tuning")
     table.add_column("learning rate", justify="right")
-    table.add_column("dtype", overflow="fold")
+    table.add_column("dtype", no_wrap=True)
     for row in rows:
         rate = f"{row.lr or lr:g}" if row.trainable else "-"
-        cells = (_count(row.parameters), _count(row.trainable), row.tuning, rate, row.dtype)
+        dtype = row.dtype.replace("bfloat", "bf").replace("float", "fp")  # as TrainingArguments call them
+        cells = (_count(row.parameters), _count(row.trainable), row.tuning, rate, dtype)
         table.add_row(row.part.replace("_", " "), row.class_name, *cells, style="" if row.trainable else "dim")
     return table
 

@@ -20,6 +20,7 @@ from transformers import TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from tinyllava.config import Recipe, Stage
+from tinyllava.console import messages
 from tinyllava.data.dataset import SupervisedDataset, build_dataset, split
 from tinyllava.data.sample import Sample
 from tinyllava.data.sources import read
@@ -31,7 +32,7 @@ from tinyllava.model.build import build
 from tinyllava.model.modeling import TinyLlavaForConditionalGeneration
 from tinyllava.model.processor import TinyLlavaProcessor
 from tinyllava.train.record import RunRecord, is_main_process
-from tinyllava.train.report import ProgressBar, RunLog
+from tinyllava.train.report import ProgressBar, RunLog, parts_table
 from tinyllava.train.trainer import Trainer, training_arguments
 from tinyllava.train.tune import Tuned, apply_tuning
 
@@ -84,6 +85,7 @@ def run_stage(recipe: Recipe, name: str, start: Path | None, output: Path, recor
     if is_main_process():
         facts = {"data": setup.dataset.sources, "bad_samples": setup.dataset.report}
         record.stage(name, **facts, tuned=[vars(row) for row in setup.tuned])
+        messages.print(parts_table(setup.tuned, setup.args.learning_rate))
     trainer = make_trainer(setup, name, output, record)
     last = last_checkpoint(output)
     logger.info("stage %s: %s", name, f"continuing from {last.name}" if last else f"{len_or_stream(setup)} samples")

@@ -64,6 +64,7 @@ def training_arguments(stage: Stage, output: Path, seed: int) -> TrainingArgumen
         "save_steps": 500,
         "save_total_limit": 2,
         "per_device_eval_batch_size": micro,
+        "ddp_find_unused_parameters": False,  # every trained parameter is in every graph (idle_features)
         "dataloader_num_workers": max(1, min(8, (os.cpu_count() or 1) // world)),
         "use_cpu": not torch.cuda.is_available() and not torch.backends.mps.is_available(),
     }
@@ -304,7 +305,7 @@ class Trainer(transformers.Trainer):
         self._aside = None
         if self.args.should_save:
             rotate_checkpoints(
-                output_dir=self.args.output_dir, save_total_limit=self.args.save_total_limit, use_mtime=True
+                output_dir=self.args.output_dir, save_total_limit=self.args.save_total_limit, use_mtime=False
             )
         self.accelerator.wait_for_everyone()
 

@@ -6,7 +6,10 @@ TIER is tiny, small or full; PART is captions, instructions or validation. Pictu
 import re
 from pathlib import Path
 
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
 from tinyllava.config import DataSpec
+from tinyllava.console import messages
 from tinyllava.data.cache import locked
 from tinyllava.data.sources import Source, llava_json
 from tinyllava.errors import UserError
@@ -39,8 +42,19 @@ def prepared(tier: str, cache_dir: Path) -> Path:
     from tinyllava.data.stamps import prepare
 
     root = cache_dir / "stamps"
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    bar = Progress(*columns, transient=True, console=messages, disable=not messages.is_terminal)
+    task = bar.add_task(f"Composing stamps:{tier}, once")
+
+    def progress(done: int, total: int) -> None:
+        bar.start()  # only now: a tier that is there already shows nothing
+        bar.update(task, completed=done, total=total)
+
     with locked(root / tier):
-        return prepare(root, tier, SEED)
+        try:
+            return prepare(root, tier, SEED, progress)
+        finally:
+            bar.stop()
 
 
 def _either(names: tuple[str, ...]) -> str:

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from random import Random
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
-from tinyllava.data.stamps.library import TINTS, Concept, Drawing, library
+from tinyllava.data.stamps.library import TINTS, Concept, Drawing, font, library
 
 BACKGROUNDS = {
     "white": (250, 250, 250),
@@ -87,28 +87,34 @@ def background(rng: Random, patterns: tuple[str, ...], avoid: frozenset[str] = f
 def compose(
     rng: Random,
     size: int,
-    concepts: list[str],
+    concepts: tuple[str, ...],
     count: int,
     patterns: tuple[str, ...] = ("plain", "gradient"),
+    drawings: int | None = None,
+    flips: bool = True,
+    fill: float = 0.75,
     copies: int = 1,
     first: str | None = None,
     placed: bool = False,
 ) -> Scene:
-    """A scene of `count` things from `concepts`: `copies` of the first (named by `first` or drawn), the others all
-    different and not near each other. A single thing is large and anywhere, or with `placed` inside a quadrant."""
+    """A scene of `count` things from `concepts`, each in one of its first `drawings`: `copies` of the first thing
+    (named by `first` or drawn), the others all different and not near each other. `fill` is the least share of its cell
+    that a thing takes. A single thing is large and anywhere, or with `placed` inside a quadrant."""
     names = _choose(rng, concepts, count, copies, first)
     things = []
-    for name, cell in zip(names, _cells(rng, size, count, placed), strict=True):
+    for name, cell in zip(names, _cells(rng, size, count, placed, fill), strict=True):
         concept = library().concepts[name]
-        drawing = rng.choice(concept.drawings)
+        drawing = rng.choice(concept.drawings[:drawings])
         tint = rng.choice(list(TINTS)) if drawing.hue is not None else None
         image = library().image(drawing)
-        things.append(Thing(concept, drawing, _fit(rng, cell, image.width / image.height), tint, rng.random() < 0.5))
+        things.append(
+            Thing(concept, drawing, _fit(rng, cell, image.width / image.height), tint, flips and rng.random() < 0.5)
+        )
     ground = background(rng, patterns, frozenset(t.tint for t in things if t.tint))
     return Scene(size, things=tuple(things), **ground)
 
 
-def _choose(rng: Random, concepts: list[str], count: int, copies: int, first: str | None) -> list[str]:
+def _choose(rng: Random, concepts: tuple[str, ...], count: int, copies: int, first: str | None) -> list[str]:
     """Concept names: `copies` equal ones (countable if more than one), then others that are near none of them."""
     while first is None or (copies > 1 and not library().concepts[first].countable):
         first = rng.choice(concepts)
@@ -122,14 +128,14 @@ def _choose(rng: Random, concepts: list[str], count: int, copies: int, first: st
     return names
 
 
-def _cells(rng: Random, size: int, count: int, placed: bool) -> list[tuple[Box, float]]:
+def _cells(rng: Random, size: int, count: int, placed: bool, fill: float) -> list[tuple[Box, float]]:
     """For each thing the cell that it must lie in and the length of its longer side."""
     if count == 1 and not placed:
-        return [((0, 0, size, size), size * rng.uniform(0.5, 0.9))]
+        return [((0, 0, size, size), size * rng.uniform(0.75 * fill, 0.95))]
     grid = 2 if count <= 4 else 3
     step = size // grid
     cells = [(x * step, y * step, (x + 1) * step, (y + 1) * step) for y in range(grid) for x in range(grid)]
-    return [(cell, step * rng.uniform(0.75, 0.98)) for cell in rng.sample(cells, count)]
+    return [(cell, step * rng.uniform(fill, 1.0)) for cell in rng.sample(cells, count)]
 
 
 def _fit(rng: Random, cell: tuple[Box, float], aspect: float) -> Box:
@@ -175,12 +181,10 @@ def _ground(scene: Scene) -> Image.Image:
 
 def _write(picture: Image.Image, word: Word) -> None:
     """Write at a large size, then shrink into the box: no font's metrics decide where the word is."""
-    from tinyllava.data.stamps.words import font_file
-
-    font = ImageFont.truetype(font_file(word.font), 48)
-    left, top, right, bottom = font.getbbox(word.text)
+    letters = font(word.font)
+    left, top, right, bottom = letters.getbbox(word.text)
     mask = Image.new("L", (right - left, bottom - top))
-    ImageDraw.Draw(mask).text((-left, -top), word.text, font=font, fill=255)
+    ImageDraw.Draw(mask).text((-left, -top), word.text, font=letters, fill=255)
     x0, y0, x1, y1 = word.box
     scale = min((x1 - x0) / mask.width, (y1 - y0) / mask.height)
     mask = mask.resize(

@@ -1,4 +1,4 @@
-"""The drawings: stamps.zip read into concepts, each with a category and one or more transparent drawings.
+"""The drawings and the fonts: stamps.zip read into concepts, each with one or more transparent drawings.
 
 stamps.json in the zip names the licence, source and author of every drawing, which concepts are too near each other
 to be told apart with certainty (`near`), and which drawings were left out and why (`pruned`).
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 
-from PIL import Image
+from PIL import Image, ImageFont
 
 # hue in degrees, factors for saturation and value: how a drawing of one hue is given another
 TINTS = {
@@ -23,25 +23,24 @@ TINTS = {
     "purple": (275, 0.9, 0.8),
     "pink": (330, 0.5, 1.15),
 }
-UNNATURAL_PLURALS = {
-    "goose": "geese",
-    "mouse": "mice",
+IRREGULAR = {
     "computer mouse": "computer mice",
     "die": "dice",
-    "fish": "fish",
-    "sheep": "sheep",
-    "deer": "deer",
-    "moose": "moose",
-    "blowfish": "blowfish",
-    "shrimp": "shrimp",
-    "squid": "squid",
-    "wolf": "wolves",
+    "goose": "geese",
     "knife": "knives",
+    "maple leaf": "maple leaves",
+    "mosquito": "mosquitoes",
+    "mouse": "mice",
+    "potato": "potatoes",
     "scarf": "scarves",
-    "police car": "police cars",
-    "bow and arrow": "bows and arrows",
-    "christmas tree": "christmas trees",
-    "tyrannosaurus": "tyrannosauruses",
+    "snowman": "snowmen",
+    "tomato": "tomatoes",
+    "tornado": "tornadoes",
+    "volcano": "volcanoes",
+    "wolf": "wolves",
+} | {
+    name: name
+    for name in ("fish", "blowfish", "jellyfish", "sheep", "deer", "moose", "shrimp", "fried shrimp", "squid")
 }
 
 
@@ -58,7 +57,7 @@ class Concept:
     """A nameable thing. Only a countable one may be counted, placed or compared: its drawings show exactly one."""
 
     name: str
-    category: str
+    kind: str | None  # animal, food, ...: only where everybody would say so
     countable: bool
     noun: str  # "count", "plural" (scissors) or "mass" (bread)
     drawings: tuple[Drawing, ...]
@@ -70,8 +69,8 @@ class Concept:
 
     @property
     def plural(self) -> str:
-        if self.name in UNNATURAL_PLURALS:
-            return UNNATURAL_PLURALS[self.name]
+        if self.name in IRREGULAR:
+            return IRREGULAR[self.name]
         if self.name.endswith("y") and self.name[-2] not in "aeiou":
             return self.name[:-1] + "ies"
         return self.name + ("es" if self.name.endswith(("s", "x", "ch", "sh")) else "s")
@@ -86,7 +85,7 @@ class Library:
         self.concepts = {
             name: Concept(
                 name,
-                entry["category"],
+                entry.get("kind"),
                 entry["countable"],
                 entry.get("noun", "count"),
                 tuple(Drawing(d["file"], d.get("hue")) for d in entry["drawings"]),
@@ -131,3 +130,9 @@ def _tinted(image: Image.Image, hue: int, tint: str) -> Image.Image:
 def library() -> Library:
     """The library, read once per process."""
     return Library()
+
+
+@cache
+def font(name: str) -> ImageFont.FreeTypeFont:
+    """A font of the package, large: what is written with it is shrunk into its place."""
+    return ImageFont.truetype(io.BytesIO(files(__package__).joinpath("fonts", f"{name}.ttf").read_bytes()), 48)

@@ -1,36 +1,25 @@
 """Questions with certain answers about a scene, one function a kind.
 
 A kind is called with the scene and, where the answer was chosen first (the balanced test), with that answer; it gives
-None where the scene does not fit. Every answer is one word or two, so that exact match scores it.
+None where the scene does not fit. Every answer is a word or two, so that exact match scores it.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from random import Random
 
-from tinyllava.data.stamps.compose import BACKGROUNDS, QUADRANTS, Scene, Thing
-from tinyllava.data.stamps.library import TINTS, library
-
-# what "What kind of thing is it?" may answer: categories whose name says it
-KINDS_OF_THING = (
-    "animal", "food", "vehicle", "plant", "clothing", "musical instrument", "building", "toy", "tool", "drink",
-)  # fmt: skip
-# what stands before a name when asked for its place: clear of each other in this direction
-DIRECTIONS = {
-    "left": ("left", "right"),
-    "right": ("left", "right"),
-    "above": ("above", "below"),
-    "below": ("above", "below"),
-}
+from tinyllava.data.stamps.compose import QUADRANTS, Scene, Thing
+from tinyllava.data.stamps.library import library
 
 
 @dataclass(frozen=True)
 class Question:
-    """One question, its answer, and what else is right (`accept`) or offered (`options`)."""
+    """One question, its answer, what else is right (`accept`), what is offered (`options`), what it is `about`."""
 
     text: str
     answer: str
     category: str
+    about: str = ""
     accept: tuple[str, ...] = ()
     options: tuple[str, ...] = ()
 
@@ -54,27 +43,26 @@ def kind(function: Kind) -> Kind:
 
 
 @kind
-def naming(scene: Scene, context: Context, rng: Random, want: str | None = None) -> Question | None:
-    if len(scene.things) != 1 or (want and scene.things[0].concept.name != want):
+def naming(scene: Scene, context: Context, rng: Random, want: str | None) -> Question | None:
+    if len(scene.things) != 1 or want not in (None, scene.things[0].concept.name):
         return None
-    text = rng.choice(["What is in the picture?", "What is this?", "What does the picture show?"])
     concept = scene.things[0].concept
-    return Question(text, concept.name, "naming", (concept.phrase,) if concept.phrase != concept.name else ())
+    text = rng.choice(["What is in the picture?", "What is this?", "What does the picture show?"])
+    return Question(text, concept.name, "naming", accept=(concept.phrase,) if concept.noun == "count" else ())
 
 
 @kind
-def category(scene: Scene, context: Context, rng: Random, want: str | None = None) -> Question | None:
-    if len(scene.things) != 1:
+def category(scene: Scene, context: Context, rng: Random, want: str | None) -> Question | None:
+    answer = scene.things[0].concept.kind if len(scene.things) == 1 else None
+    if answer is None or want not in (None, answer):
         return None
-    answer = scene.things[0].concept.category
-    if answer not in KINDS_OF_THING or (want and answer != want):
-        return None
-    text = rng.choice(["What kind of thing is in the picture?", "What kind of thing is this?"])
-    return Question(text, answer, "category")
+    return Question(
+        rng.choice(["What kind of thing is in the picture?", "What kind of thing is this?"]), answer, "category"
+    )
 
 
 @kind
-def existence(scene: Scene, context: Context, rng: Random, want: str | None = None) -> Question | None:
+def existence(scene: Scene, context: Context, rng: Random, want: str | None) -> Question | None:
     want = want or rng.choice(["yes", "no"])
     if want == "yes":
         concept = rng.choice(scene.things).concept
@@ -84,32 +72,31 @@ def existence(scene: Scene, context: Context, rng: Random, want: str | None = No
     forms = [f"Can you see {concept.phrase} in the picture?", f"Does the picture show {concept.phrase}?"]
     if concept.noun == "count":
         forms.append(f"Is there {concept.phrase} in the picture?")
-    return Question(rng.choice(forms), want, "existence")
+    return Question(rng.choice(forms), want, "existence", concept.name)
 
 
 @kind
-def counting(scene: Scene, context: Context, rng: Random, want: str | None = None) -> Question | None:
+def counting(scene: Scene, context: Context, rng: Random, want: str | None) -> Question | None:
     if not all(t.concept.countable for t in scene.things):
         return None
     names = [t.concept.name for t in scene.things]
     name = rng.choice([*dict.fromkeys(names), None])
     answer = str(names.count(name) if name else len(names))
-    if want and answer != want:
+    if want not in (None, answer):
         return None
     noun = library().concepts[name].plural if name else "things"
     text = rng.choice([f"How many {noun} are in the picture?", f"How many {noun} are there?", f"Count the {noun}."])
-    return Question(text, answer, "counting")
+    return Question(text, answer, "counting", noun)
 
 
 @kind
-def quadrant(scene: Scene, context: Context, rng: Random, want: str | None = None) -> Question | None:
-    known = [(t, q) for t in scene.unique() if (q := scene.quadrant(t.box)) and want in (None, q)]
+def quadrant(scene: Scene, context: Context, rng: Random, want: str | None) -> Question | None:
+    known = [(t.concept.name, q) for t in scene.unique() if (q := scene.quadrant(t.box)) and want in (None, q)]
     if not known:
         return None
-    thing, answer = rng.choice(known)
-    name = thing.concept.name
+    name, answer = rng.choice(known)
     text = rng.choice([f"In which corner is the {name}?", f"Where is the {name}?", f"Which corner is the {name} in?"])
-    return Question(text, answer, "quadrant")
+    return Question(text, answer, "quadrant", name)
 
 
 def relation(one: Thing, other: Thing) -> list[str]:
@@ -120,72 +107,100 @@ def relation(one: Thing, other: Thing) -> list[str]:
 
 
 @kind
-def spatial(scene: Scene, context: Context, rng: Random, want: str | None = None) -> Question | None:
+def spatial(scene: Scene, context: Context, rng: Random, want: str | None) -> Question | None:
     things = scene.unique()
     pairs = [(a, b, r) for a in things for b in things if a is not b for r in relation(a, b) if want in (None, r)]
     if not pairs:
         return None
-    a, b, answer = rng.choice(pairs)
-    one, other = a.concept.name, b.concept.name
+    one, other, answer = rng.choice(pairs)
+    a, b = one.concept.name, other.concept.name
     if answer in ("left", "right"):
-        text = rng.choice(
-            [f"Is the {one} left or right of the {other}?", f"Is the {one} to the left or right of the {other}?"]
-        )
+        forms = [f"Is the {a} left or right of the {b}?", f"Is the {a} to the left or right of the {b}?"]
     else:
-        text = rng.choice(
-            [
-                f"Is the {one} above or below the {other}?",
-                f"Is the {one} higher or lower than the {other}, above or below?",
-            ]
-        )
-    return Question(text, answer, "spatial")
+        forms = [f"Is the {a} above or below the {b}?", f"Is the {a} over or under the {b}, above or below?"]
+    return Question(rng.choice(forms), answer, "spatial", f"{a}, {b}")
 
 
 @kind
-def colour(scene: Scene, context: Context, rng: Random, want: str | None = None) -> Question | None:
+def colour(scene: Scene, context: Context, rng: Random, want: str | None) -> Question | None:
     known = [t for t in scene.unique() if t.tint and want in (None, t.tint)]
     if not known:
         return None
     thing = rng.choice(known)
-    text = rng.choice(
-        [f"What colour is the {thing.concept.name}?", f"Which colour does the {thing.concept.name} have?"]
-    )
-    return Question(text, thing.tint, "colour")
+    name = thing.concept.name
+    text = rng.choice([f"What colour is the {name}?", f"Which colour does the {name} have?"])
+    return Question(text, thing.tint, "colour", name)
 
 
 @kind
-def background_colour(scene: Scene, context: Context, rng: Random, want: str | None = None) -> Question | None:
+def background_colour(scene: Scene, context: Context, rng: Random, want: str | None) -> Question | None:
     if want not in (None, scene.background):
         return None
     text = rng.choice(["What colour is the background?", "Which colour does the background have?"])
-    return Question(text, scene.background, "background_colour", ("grey",) if scene.background == "gray" else ())
+    return Question(text, scene.background, "background_colour", accept=("grey",) if scene.background == "gray" else ())
 
 
 @kind
-def corner_naming(scene: Scene, context: Context, rng: Random, want: str | None = None) -> Question | None:
-    """Trained, not tested: what is in a given corner; the other way round of `quadrant`."""
-    known = [(t, q) for t in scene.things if (q := scene.quadrant(t.box))]
+def corner_naming(scene: Scene, context: Context, rng: Random, want: str | None) -> Question | None:
+    """Trained, not tested: the other way round of `quadrant`."""
+    known = [(t.concept.name, q) for t in scene.things if (q := scene.quadrant(t.box))]
     if not known:
         return None
-    thing, place = rng.choice(known)
-    return Question(
-        rng.choice([f"What is in the {place} corner?", f"What is at the {place}?"]), thing.concept.name, "corner_naming"
-    )
+    name, place = rng.choice(known)
+    text = rng.choice([f"What is in the {place} corner?", f"What is at the {place}?"])
+    return Question(text, name, "corner_naming", place)
+
+
+@kind
+def multiple_choice(scene: Scene, context: Context, rng: Random, want: str | None) -> Question | None:
+    letters = "ABCD"
+    right = letters.index(want) if want else rng.randrange(4)
+    near = set().union(*(library().near(t.concept.name) for t in scene.things))
+    names = rng.sample([c for c in context.concepts if c not in near], 4)
+    names[right] = rng.choice(scene.things).concept.name
+    offer = " ".join(f"{letter}. {name}" for letter, name in zip(letters, names, strict=True))
+    text = f"Which of these is in the picture? {offer} Answer with the letter."
+    return Question(text, letters[right], "multiple_choice", names[right], options=tuple(names))
+
+
+@kind
+def reading(scene: Scene, context: Context, rng: Random, want: str | None) -> Question | None:
+    if not scene.words or want not in (None, scene.words[0].text):
+        return None
+    text = rng.choice(["What does the picture say?", "Which word is written here?", "Read the word."])
+    return Question(text, scene.words[0].text, "reading")
 
 
 def caption(scene: Scene) -> str:
     """Everything that can be asked about the scene in one line: number, background, each thing with its place."""
-    parts = []
-    for thing in sorted(scene.things, key=lambda t: (QUADRANTS.index(q) if (q := scene.quadrant(t.box)) else 0, t.box)):
-        name = thing.concept.name if thing.concept.noun != "count" else thing.concept.phrase
-        if thing.tint:
-            name = name if thing.concept.noun != "count" else thing.concept.name
-            name = (
-                f"{'an' if thing.tint[0] in 'aeiou' else 'a'} {thing.tint} {name}"
-                if thing.concept.noun == "count"
-                else f"{thing.tint} {name}"
-            )
-        place = scene.quadrant(thing.box)
-        parts.append(f"{name} {place}" if place else name)
-    count = len(scene.things)
-    return f"{count} thing{'s' * (count != 1)} on a {scene.background} background: {', '.join(parts)}."
+    things = sorted(scene.things, key=lambda t: (QUADRANTS.index(q) if (q := scene.quadrant(t.box)) else 0, t.box))
+    count = f"{len(things)} thing{'s' * (len(things) != 1)}"
+    return f"{count} on a {scene.background} background: {', '.join(_described(scene, t) for t in things)}."
+
+
+def _described(scene: Scene, thing: Thing) -> str:
+    """'a red balloon top left'."""
+    phrase = thing.concept.phrase
+    if thing.tint:
+        article = "" if thing.concept.noun != "count" else "an " if thing.tint[0] in "aeiou" else "a "
+        phrase = f"{article}{thing.tint} {thing.concept.name}"
+    place = scene.quadrant(thing.box)
+    return f"{phrase} {place}" if place else phrase
+
+
+def chat(context: Context, rng: Random) -> list[tuple[str, str]]:
+    """Two questions without a picture, about what the names mean."""
+    sure = [c for c in context.concepts if library().concepts[c].kind]
+    turns = []
+    for name in rng.sample(sure, 2):
+        concept = library().concepts[name]
+        right, say = concept.kind, concept.phrase
+        if rng.random() < 0.5:
+            turns.append((f"What kind of thing is {say}?", right))
+        else:
+            others = sorted({library().concepts[c].kind for c in sure} - {right})
+            yes = rng.random() < 0.5
+            other = right if yes else rng.choice(others)
+            form = "Is {} food?" if other == "food" else f"Is {{}} {'an' if other[0] in 'aeiou' else 'a'} {other}?"
+            turns.append((form.format(say) if other != "clothing" else f"Is {say} clothing?", "yes" if yes else "no"))
+    return turns

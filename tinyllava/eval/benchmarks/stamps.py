@@ -104,4 +104,4 @@ def evaluate(root: str | Path, pairs: list[tuple[Question, dict[str, Any] | None
             right = score(record["text"], question.answer, question.extra["accept"], question.options)
             items.append(item(question, record["text"], parse(record["text"], question.options), right))
     accuracy = mean(one["score"] for one in items)
-    return result(100 * accuracy, "stamps accuracy", {"per_category": aggregate(items)}, items)
+    return result(100 * accuracy, "accuracy over all questions", {"per_category": aggregate(items)}, items)

@@ -1,0 +1,188 @@
+"""Stamps: the same questions everywhere, balanced answers, nothing held out in training, complete folders only."""
+
+import hashlib
+import json
+from collections import Counter, defaultdict
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from tinyllava.data.sample import Sample
+from tinyllava.data.stamps import TIERS, prepare, tier
+from tinyllava.data.stamps import prepare as _prepare_function
+from tinyllava.data.stamps.compose import compose, render
+from tinyllava.data.stamps.library import library
+from tinyllava.data.stamps.plan import answers, plan
+from tinyllava.data.stamps.words import FONTS, HELD_OUT, HELD_OUT_FONTS, TRAIN, split
+from tinyllava.errors import UserError
+
+PARTS = ("captions.json", "instructions.json", "validation.json")
+
+
+def records(folder: Path, file: str) -> list[dict]:
+    text = (folder / file).read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()] if file.endswith(".jsonl") else json.loads(text)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> Path:
+    return prepare(tmp_path_factory.mktemp("stamps"), "tiny", scale=0.02)
+
+
+def test_every_record_reads_and_every_picture_opens(tiny):
+    seen = set()
+    for file in PARTS:
+        for record in records(tiny, file):
+            Sample.from_llava(record).check()
+            seen |= {record["image"]} if "image" in record else set()
+    test = records(tiny, "test.jsonl")
+    assert all({"question_id", "image", "text", "answer", "category"} <= set(record) for record in test)
+    seen |= {record["image"] for record in test}
+    assert seen == {f"images/{path.name}" for path in (tiny / "images").iterdir()}
+    for image in seen:
+        with Image.open(tiny / image) as picture:
+            assert picture.convert("RGB").size == (64, 64)
+
+
+def test_no_picture_is_in_two_parts(tiny):
+    used = Counter(image for file in PARTS for image in {r["image"] for r in records(tiny, file) if "image" in r})
+    used.update({r["image"] for r in records(tiny, "test.jsonl")})
+    assert set(used.values()) == {1}
+
+
+def test_boxes_lie_inside_the_picture_and_apart(tiny):
+    for line in records(tiny, "boxes.jsonl"):
+        boxes = [thing["box"] for thing in line["things"]]
+        assert all(0 <= x0 < x1 <= 64 and 0 <= y0 < y1 <= 64 for x0, y0, x1, y1 in boxes)
+        for i, a in enumerate(boxes):
+            assert all(a[2] <= b[0] or b[2] <= a[0] or a[3] <= b[1] or b[3] <= a[1] for b in boxes[:i])
+
+
+def test_manifest_names_every_file_with_its_hash(tiny):
+    manifest = json.loads((tiny / "manifest.json").read_text())
+    assert manifest["tier"] == "tiny" and manifest["seed"] == 0
+    assert manifest["pictures"] == len(list((tiny / "images").iterdir()))
+    assert set(manifest["files"]) == {path.name for path in tiny.iterdir()} - {"images", "manifest.json"}
+    for file, entry in manifest["files"].items():
+        assert hashlib.sha256((tiny / file).read_bytes()).hexdigest() == entry["sha256"]
+        assert len(records(tiny, file)) == entry["records"]
+
+
+def test_questions_and_boxes_are_the_same_on_every_machine(tiny):
+    """A change here changes everybody's scores: raise stamps.prepare.VERSION with it."""
+    manifest = json.loads((tiny / "manifest.json").read_text())
+    assert {file: entry["sha256"][:16] for file, entry in manifest["files"].items()} == {}
+
+
+@pytest.mark.parametrize("name", TIERS)
+def test_test_answers_are_balanced(name):
+    size = tier(name)
+    found = defaultdict(Counter)
+    for planned in plan(size, 0, "test", 48):
+        found[planned.record["category"]][planned.record["answer"]] += 1
+    assert list(found) == list(answers(size))
+    assert found["existence"] == {"yes": 24, "no": 24}
+    for category, counts in found.items():
+        if category != "new_concepts":  # its answers are in turn by concept, and most concepts are animals
+            assert max(counts.values()) <= 48 / min(48, len(answers(size)[category])) + 1, category
+
+
+def test_training_answers_lean_to_none():
+    """The commonest answer to each kind of question, which is all that a blind model could say."""
+    found = defaultdict(Counter)
+    for planned in plan(tier("tiny"), 0, "instructions", 1500):
+        turns = planned.record["conversations"]
+        for question, answer in zip(turns[::2], turns[1::2], strict=True):
+            text = question["value"].removeprefix("<image>\n")
+            kind = " ".join(text.split()[:2]) if planned.scene else "text"
+            found[kind][answer["value"]] += 1
+    yes_no = found["Is there"] + found["Can you"] + found["Does the"]
+    assert abs(yes_no["yes"] / yes_no.total() - 0.5) < 0.03
+    sides = [found["Is the"][side] for side in ("left", "right", "above", "below")]
+    assert max(sides) < 1.25 * min(sides)
+    corners = found["In which"] + found["Where is"]
+    assert max(corners.values()) < 0.3 * corners.total()
+    counts = found["How many"] + found["Count the"]
+    assert max(counts.values()) < 0.6 * counts.total()
+
+
+@pytest.mark.parametrize("name", ["small", "full"])
+def test_held_out_concepts_words_and_fonts_are_never_trained(name):
+    size = tier(name)
+    assert size.held_out and not set(size.held_out) & set(size.concepts)
+    for part in ("captions", "instructions", "validation"):
+        for planned in plan(size, 0, part, 300):
+            shown = planned.scene.things if planned.scene else ()
+            written = planned.scene.words if planned.scene else ()
+            assert not {t.concept.name for t in shown} & set(size.held_out)
+            assert not {w.text for w in written} & set(split(HELD_OUT))
+            assert not {w.font for w in written} & set(HELD_OUT_FONTS)
+    new = [p for p in plan(size, 0, "test", 40) if p.record["category"] == "new_concepts"]
+    assert {p.scene.things[0].concept.name for p in new} <= set(size.held_out)
+
+
+def test_what_a_smaller_tier_holds_out_the_larger_never_trains():
+    full, small, tiny = (set(tier(name).concepts) for name in ("full", "small", "tiny"))
+    assert tiny < small < full
+    assert not full & set(tier("small").held_out)
+    assert not set(split(TRAIN)) & set(split(HELD_OUT)) and not set(FONTS) & set(HELD_OUT_FONTS)
+
+
+def test_near_synonyms_are_neither_neighbours_nor_negatives():
+    near = library().near
+    for planned in plan(tier("full"), 0, "test", 60):
+        names = {t.concept.name for t in planned.scene.things}
+        assert not any(a != b and a in near(b) for a in names for b in names)
+        if planned.record["category"] == "existence" and planned.record["answer"] == "no":
+            text = planned.record["text"]
+            forbidden = set().union(*(near(name) for name in names))
+            assert not any(text.endswith(f" {library().concepts[name].phrase} in the picture?") for name in forbidden)
+
+
+def test_only_countable_drawings_are_counted():
+    for planned in plan(tier("full"), 0, "test", 60):
+        if planned.record["category"] == "counting":
+            assert all(t.concept.countable for t in planned.scene.things)
+
+
+def test_every_drawing_renders_and_states_its_licence():
+    import random
+
+    from tinyllava.data.stamps.library import TINTS
+
+    for concept in library().concepts.values():
+        for drawing in concept.drawings:
+            assert min(library().image(drawing).size) > 8, drawing.file
+    scene = compose(random.Random(0), 64, ("balloon",), 1)
+    pixels = render(scene).convert("HSV")
+    left, top, right, bottom = scene.things[0].box
+    hue = pixels.getpixel(((left + right) // 2, (top + bottom) // 2))[0] * 360 / 255
+    target = TINTS[scene.things[0].tint][0]
+    assert abs((hue - target + 180) % 360 - 180) < 25
+
+
+def test_a_half_written_folder_is_never_taken(tmp_path, monkeypatch):
+    import tinyllava.data.stamps.prepare as module
+
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "render", stop)
+    with pytest.raises(KeyboardInterrupt):
+        _prepare_function(tmp_path, "tiny", scale=0.001)
+    assert not list(tmp_path.iterdir())
+    monkeypatch.undo()
+    name = prepare(tmp_path / "other", "tiny", scale=0.001).name
+    (tmp_path / name / "images").mkdir(parents=True)  # left by a copy that was cut off: no manifest
+    done = []
+    folder = prepare(tmp_path, "tiny", scale=0.001, progress=lambda *args: done.append(args))
+    assert (folder / "test.jsonl").is_file() and done[-1][0] == done[-1][1]
+    before = (folder / "manifest.json").stat().st_mtime_ns
+    assert prepare(tmp_path, "tiny", scale=0.001) == folder
+    assert (folder / "manifest.json").stat().st_mtime_ns == before
+
+
+def test_an_unknown_tier_is_refused():
+    with pytest.raises(UserError, match="tiny, small, full"):
+        prepare("nowhere", "huge")

@@ -1,0 +1,245 @@
+"""Evaluation end to end with a tiny model: every benchmark, resuming, the blind baseline, the page, what is refused."""
+
+import io
+import json
+import random
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from oracle_tools import copy_of, write_mmmu
+from PIL import Image
+from rich.console import Console
+
+from tests.tiny_session import tiny_session
+from tinyllava.data.sample import Message, Sample
+from tinyllava.errors import UserError
+from tinyllava.eval.ask import read_answers, sample_of, spread
+from tinyllava.eval.benchmarks import Question
+from tinyllava.eval.page import choose
+from tinyllava.eval.run import categories, evaluate, print_scores, stands_out
+from tinyllava.eval.score import score_answers
+from tinyllava.factory import Factory
+from tinyllava.infer import Session
+from tinyllava.model import checkpoint
+
+EIGHT = ("gqa", "mme", "mmmu", "mmvet", "pope", "scienceqa", "textvqa", "vqav2")
+COLOURS = {"red": (250, 20, 20), "green": (20, 200, 20), "blue": (30, 30, 250)}
+
+
+def new_checkpoint(folder: Path, seed: int = 1) -> Path:
+    """A tiny model on disk."""
+    made = tiny_session(seed=seed)
+    checkpoint.save(made.model, made.processor, made.template, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def session(tmp_path_factory) -> Session:
+    return Session.load(new_checkpoint(tmp_path_factory.mktemp("model") / "checkpoint"), device="cpu")
+
+
+@pytest.fixture(scope="module")
+def stamps_root(tmp_path_factory):
+    """A test in stamps' form: 20 pictures, two questions each, and one question without a picture."""
+    root = tmp_path_factory.mktemp("stamps")
+    rng, records = random.Random(0), []
+    for number in range(20):
+        name = rng.choice(list(COLOURS))
+        Image.new("RGB", (48, 48), COLOURS[name]).save(root / f"{number}.png")
+        for category, text, answer in (
+            ("colour", "What colour <is> it?", name),
+            ("existence", "Is there a disc?", "no"),
+        ):
+            one = {"question_id": f"{category}-{number}", "image": f"{number}.png", "text": text}
+            records.append({**one, "answer": answer, "category": category})
+    records.append({"question_id": "text", "text": "Say yes.", "answer": "yes", "category": "text"})
+    (root / "test.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    return root
+
+
+def make_pictures(questions) -> None:
+    """A small picture wherever a question looks for one."""
+    rng = np.random.default_rng(0)
+    for path in {path for question in questions for path in question.images}:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 255, (32, 40, 3), dtype=np.uint8)).save(path, "PNG")
+
+
+@pytest.mark.parametrize("task", EIGHT)
+def test_each_benchmark_is_asked_and_scored(task, session, tmp_path) -> None:
+    root = copy_of(task, tmp_path)
+    if task == "mmmu":
+        write_mmmu(root)
+    benchmark = Factory("benchmarks").get(task)
+    asked = benchmark.questions(tmp_path)
+    make_pictures(asked)
+    results = evaluate(session, [task], tmp_path, tmp_path / "out", progress=False)
+    assert results == json.loads((tmp_path / "out" / "results.json").read_text())
+    entry = results["tasks"][task]
+    answers = tmp_path / "out" / "eval" / task / "answers.jsonl"
+    assert len(answers.read_text().splitlines()) == entry["n"] == len(asked)
+    again = score_answers(task, tmp_path, answers)  # what `tinyllava score` makes of the same file
+    assert again["score"] == entry["score"] and again["counts"]["missing"] == 0
+    assert entry["decoding"]["max_new_tokens"] == benchmark.MAX_NEW_TOKENS
+    assert entry["prompt"].endswith("ASSISTANT:") and asked[0].text in entry["prompt"]
+    assert "data:image" in (tmp_path / "out" / "eval" / task / "samples.html").read_text()
+
+
+def test_stamps_beside_blind_and_majority(session, stamps_root, tmp_path) -> None:
+    results = evaluate(session, ["stamps"], stamps_root, tmp_path, progress=False)
+    table = results["categories"]
+    assert list(table) == ["colour", "existence", "text"]
+    assert [row["n"] for row in table.values()] == [20, 20, 1]
+    assert table["existence"]["majority"] == 1.0 and 1 / 3 <= table["colour"]["majority"] < 1
+    assert all(row["blind"] is not None for row in table.values())
+    for key in ("made_with", "versions", "checkpoint"):
+        assert results[key]
+    made = results["made_with"]
+    assert made["dtype"] == "float32" and len(made["checkpoint"]) == 16
+    seen, blind = (read_answers(tmp_path / "eval" / "stamps" / f"answers{kind}.jsonl") for kind in ("", "_blind"))
+    assert seen.keys() == blind.keys() and seen["text"] == blind["text"]
+    assert any(seen[name]["text"] != blind[name]["text"] for name in seen)
+
+
+def test_blind_takes_picture_and_placeholder_away() -> None:
+    question = Question("1", 1, "<image>\nWhat is it? ", images=("a.png", "b.png"))
+    assert sample_of(question) == Sample([Message("user", "<image>\n<image>\nWhat is it?")], ["a.png", "b.png"], "1")
+    assert sample_of(question, blind=True) == Sample([Message("user", "What is it?")], [], "1")
+
+
+def test_after_kills_the_same_answers_and_none_asked_twice(session, stamps_root, tmp_path, monkeypatch) -> None:
+    evaluate(session, ["stamps"], stamps_root, tmp_path / "whole", progress=False)
+    rng, asked = random.Random(0), []
+    generate_each = Session.generate_each
+
+    class Killed(Exception):
+        pass
+
+    def killed_at_some_time(self, samples, *args, **kwargs):
+        for index, answer in generate_each(self, samples, *args, **kwargs):
+            if rng.random() < 0.1:
+                raise Killed
+            yield index, answer
+            asked.append(samples[index].id)
+
+    monkeypatch.setattr(Session, "generate_each", killed_at_some_time)
+    kills = torn = 0
+    while True:
+        try:
+            evaluate(session, ["stamps"], stamps_root, tmp_path / "killed", batch_size=4, progress=False)
+            break
+        except Killed:
+            kills += 1
+            path = max((tmp_path / "killed").rglob("answers*.jsonl"), key=lambda path: path.stat().st_mtime_ns)
+            data = path.read_bytes()
+            if data and rng.random() < 0.5:  # the kill came while a line was written
+                torn += 1
+                path.write_bytes(data[: -rng.randint(1, len(data.splitlines()[-1]))])
+    assert kills >= 3 and torn >= 1
+    for name in ("answers.jsonl", "answers_blind.jsonl"):
+        whole, pieced = ((tmp_path / run / "eval" / "stamps" / name).read_bytes() for run in ("whole", "killed"))
+        assert sorted(pieced.splitlines()) == sorted(whole.splitlines())
+    assert len(asked) == 2 * 41 + torn
+    results = [json.loads((tmp_path / run / "results.json").read_text())["categories"] for run in ("whole", "killed")]
+    assert results[0] == results[1]
+    evaluate(session, ["stamps"], stamps_root, tmp_path / "killed", progress=False)
+    assert len(asked) == 2 * 41 + torn  # all there: nothing is asked
+
+
+def test_answers_of_another_model_are_set_aside(session, stamps_root, tmp_path, caplog) -> None:
+    root = copy_of("pope", tmp_path)
+    make_pictures(Factory("benchmarks").get("pope").questions(root))
+    out = tmp_path / "out"
+    evaluate(session, ["pope"], tmp_path, out, progress=False)
+    both = evaluate(session, ["stamps"], stamps_root, out, limit=5, progress=False)
+    assert list(both["tasks"]) == ["pope", "stamps"] and both["tasks"]["stamps"]["n"] == 5
+    old = (out / "eval" / "stamps" / "answers.jsonl").read_bytes()
+    other = Session.load(new_checkpoint(tmp_path / "other", seed=7), device="cpu")
+    results = evaluate(other, ["stamps"], stamps_root, out, limit=5, progress=False)
+    assert list(results["tasks"]) == ["stamps"]
+    assert "another checkpoint: moved to stamps.1" in caplog.text
+    assert (out / "eval" / "stamps.1" / "answers.jsonl").read_bytes() == old
+    assert (out / "eval" / "stamps" / "answers.jsonl").read_bytes() != old
+
+
+def test_limit_keeps_the_questions_of_a_picture_together() -> None:
+    questions = [Question(f"{at}", at, images=(f"{at // 2}.png",)) for at in range(40)]
+    chosen = spread(questions, 8)
+    assert [question.id for question in chosen] == ["0", "1", "10", "11", "20", "21", "30", "31"]
+    assert spread(questions, 100) == spread(questions, None) == questions
+    assert len(spread([Question(str(at), at) for at in range(10)], 3)) == 3
+
+
+def test_what_is_wrong_is_said_before_anything_is_asked(session, stamps_root, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(Session, "generate_each", lambda *_, **__: pytest.fail("asked"))
+    out = tmp_path / "out"
+    with pytest.raises(UserError, match="unknown benchmark 'popee'; did you mean 'pope'"):
+        evaluate(session, ["stamps", "popee"], stamps_root, out)
+    with pytest.raises(UserError, match=r"expected coco/coco_pope_adversarial\.json or .* in .*nowhere"):
+        evaluate(session, ["pope"], tmp_path / "nowhere", out)
+    with pytest.raises(UserError, match="gqa needs its data: give --data ROOT"):
+        evaluate(session, ["gqa"], None, out)
+    with pytest.raises(UserError, match="not trained on stamps"):
+        evaluate(session, ["stamps"], None, out)
+    root = copy_of("pope", tmp_path)
+    questions = Factory("benchmarks").get("pope").questions(root)
+    make_pictures(questions)
+    Path(questions[3].images[0]).unlink()
+    with pytest.raises(UserError, match=r"pope: 1 of its \d+ pictures cannot be read: picture .*\.jpg not found"):
+        evaluate(session, ["pope"], tmp_path, out)
+    assert not out.exists()
+
+
+def test_a_broken_line_among_the_answers_is_refused(tmp_path) -> None:
+    path = tmp_path / "answers.jsonl"
+    path.write_text('{"id": "1", "text": "a"}\nnot json\n{"id": "2", "text": "b"}\n')
+    with pytest.raises(UserError, match=r"answers\.jsonl, line 2 is no answer"):
+        read_answers(path)
+    path.write_bytes('{"id": "1", "text": "a\u2028b"}\n{"id": "2", "te'.encode())
+    assert read_answers(path) == {"1": {"id": "1", "text": "a\u2028b"}}
+    assert path.read_bytes().endswith(b'b"}\n')
+
+
+def item(category: str, score: float | None, gold: object = "x") -> dict:
+    return {"id": str(id(gold)), "category": category, "score": score, "gold": gold}
+
+
+def test_categories_count_what_they_say() -> None:
+    seen = [item("a", 1.0, "yes"), item("a", 0.0, "no"), item("a", 1.0, "yes"), item("b", 0.3, ["x"] * 10)]
+    blind = [item("a", 1.0), item("a", 0.0), item("a", 0.0), item("b", 0.0)]
+    table = categories(seen, blind)
+    assert table["a"] == {"accuracy": pytest.approx(2 / 3), "blind": pytest.approx(1 / 3), "majority": 2 / 3, "n": 3}
+    assert table["b"] == {"accuracy": 0.3, "blind": 0.0, "majority": None, "n": 1}
+    assert categories([item("a", None)], None) == {}  # a test split: a server scores it
+    assert stands_out({"accuracy": 0.9, "blind": 0.5, "majority": 0.5, "n": 100})
+    assert not stands_out({"accuracy": 0.55, "blind": 0.5, "majority": None, "n": 100})
+
+
+def test_the_page_needs_nothing_else(session, stamps_root, tmp_path) -> None:
+    evaluate(session, ["stamps"], stamps_root, tmp_path, progress=False)
+    page = (tmp_path / "eval" / "stamps" / "samples.html").read_text()
+    sources = re.findall(r'src="([^"]*)"', page)
+    assert len(sources) == 23 and all(source.startswith("data:image/png;base64,") for source in sources)
+    assert "http" not in page.replace("http-equiv", "") and "@import" not in page
+    assert page.count("<article>") == 24 and "What colour &lt;is&gt; it?" in page and "expected: " in page
+    assert "prefers-color-scheme: dark" in page
+
+
+def test_the_page_takes_turns() -> None:
+    items = [item("a", 1.0) for _ in range(50)] + [item("a", 0.0)] * 2 + [item("b", 0.0)] * 3 + [item("c", 1.0)]
+    chosen = choose(items, 10)
+    assert [one["category"] for one in chosen] == ["a"] * 6 + ["b"] * 3 + ["c"]
+    assert [one["score"] for one in chosen[:6]] == [1, 0, 1, 0, 1, 1]
+
+
+def test_the_table_shows_each_category(session, stamps_root, tmp_path) -> None:
+    results = evaluate(session, ["stamps"], stamps_root, tmp_path, progress=False)
+    console = Console(file=io.StringIO(), width=100)
+    print_scores(results, console)
+    text = console.file.getvalue()
+    row = results["categories"]["colour"]
+    numbers = [f"{100 * row[name]:.1f}" for name in ("accuracy", "blind", "majority")]
+    assert ["colour", *numbers, "20"] in [line.split() for line in text.splitlines()]
+    assert "Stamps accuracy over all questions" in text

@@ -1,0 +1,80 @@
+"""The stamps test: what counts as right, and where its questions come from."""
+
+import json
+
+import pytest
+
+from tinyllava.data.sources import stamps as source
+from tinyllava.errors import UserError
+from tinyllava.eval.benchmarks import stamps
+
+ANIMALS = ("a cat", "a dog", "an owl")
+
+
+@pytest.mark.parametrize(
+    ("said", "right"),
+    [("cat", 1), ("A  Cat.", 1), ("the cat", 1), ("cats", 0), ("", 0), ("a", 0), ("cat dog", 0), ("not a cat", 0)],
+)
+def test_the_right_answer_but_for_case_period_and_article(said: str, right: int) -> None:
+    assert stamps.score(said, "cat") == right
+
+
+def test_other_accepted_answers_and_the_letters_of_choices() -> None:
+    assert stamps.score("Grey.", "gray", accept=("grey",)) == 1.0
+    assert stamps.score("grey", "gray") == 0.0
+    for said in ("b", "B.", "(B)", "dog", "A dog"):
+        assert stamps.score(said, "a dog", options=ANIMALS) == 1.0
+        assert stamps.score(said, "B", options=ANIMALS) == 1.0
+    for said in ("a", "d", "owl", "c"):
+        assert stamps.score(said, "a dog", options=ANIMALS) == 0.0
+    assert stamps.score("b", "a", options=("b", "a")) == 0.0  # options that are letters are what they say
+    assert stamps.score("an owl", "owl") == 1.0 and stamps.normalize("a") == "a"
+
+
+def write(folder, records) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "test.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+
+
+def record(number: int, answer: str, category: str, **more) -> dict:
+    text = {"question_id": number, "image": f"images/{number}.png", "text": "What?", "answer": answer}
+    return {**text, "category": category, **more}
+
+
+def test_questions_and_scores_by_category(tmp_path) -> None:
+    write(
+        tmp_path / "stamps",
+        [
+            record(0, "cat", "naming", accept=["a kitten"]),
+            record(1, "dog", "naming"),
+            record(2, "B", "multiple_choice", options=["cat", "dog"]),
+            record(3, "yes", "existence", image=None),
+        ],
+    )
+    asked = stamps.questions(tmp_path)
+    assert [len(question.images) for question in asked] == [1, 1, 1, 0]
+    assert asked[0].images[0] == str(tmp_path / "stamps" / "images" / "0.png")
+    said = ["Kitten", "cat", "dog", "Yes."]
+    result = stamps.evaluate(tmp_path, [(q, {"text": text}) for q, text in zip(asked, said, strict=True)])
+    assert result["score"] == 75.0
+    assert result["metrics"]["per_category"] == {
+        "naming": {"accuracy": 0.5, "n": 2},
+        "multiple_choice": {"accuracy": 1.0, "n": 1},
+        "existence": {"accuracy": 1.0, "n": 1},
+    }
+    assert [item["parsed"] for item in result["items"]] == ["kitten", "cat", "dog", "yes"]
+
+
+def test_the_test_is_the_one_given_or_that_of_the_tier_trained_on(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(source, "prepared", lambda tier, cache: tmp_path / "cache" / tier)
+    write(tmp_path / "data" / "stamps", [record(0, "cat", "naming")])
+    trained_on = ["my.json", "stamps:small/instructions"]
+    assert stamps.locate(tmp_path / "data", trained_on) == tmp_path / "data" / "stamps"
+    assert stamps.locate(tmp_path, trained_on) == tmp_path / "cache" / "small"
+    assert stamps.locate(None, trained_on) == tmp_path / "cache" / "small"
+    assert stamps.locate("stamps:full", trained_on) == tmp_path / "cache" / "full"
+    with pytest.raises(UserError, match=r"not trained on stamps\. Give --data stamps:tiny"):
+        stamps.locate(tmp_path, ["my.json"])
+    write(tmp_path / "bad", [{"question_id": 1, "text": "What?"}])
+    with pytest.raises(UserError, match="has no 'answer'"):
+        stamps.questions(tmp_path / "bad")

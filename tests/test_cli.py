@@ -1,0 +1,165 @@
+"""The command line as its user meets it: what it offers, and one clear line for whatever is wrong."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from cli_tools import Said, assert_refused, command_line, recipe, written  # noqa: F401  (the fixture `tinyllava`)
+from typer.main import get_command
+
+from tinyllava import cli
+from tinyllava.commands import parts
+from tinyllava.factory import KINDS, Factory
+
+SURFACE = {  # growth is a decision: a new verb or option is added here, with a reason in its pull request
+    "train": ["recipe", "overrides", "--output", "--overwrite", "--data"],
+    "look": ["recipe", "overrides"],
+    "chat": ["checkpoint", "images", "--prompt", "--temperature", "--max-new-tokens"],
+    "eval": ["checkpoint", "--tasks", "--data", "--output"],
+    "export": ["checkpoint", "--to", "--output"],
+    "list": ["kind"],
+    "data check": ["source", "--images"],
+    "doctor": [],
+}
+
+
+# -- what there is -----------------------------------------------------------------------------------------------------
+
+
+def test_the_surface_is_what_was_decided() -> None:
+    def parameters(command: object) -> list[str]:
+        return [one.name if one.param_type_name == "argument" else one.opts[-1] for one in command.params]
+
+    group = get_command(cli.app)
+    assert parameters(group) == ["--debug"]
+    found = {name: parameters(one) for name, one in group.commands.items() if name != "data"}
+    found |= {f"data {name}": parameters(one) for name, one in group.commands["data"].commands.items()}
+    assert found == SURFACE
+
+
+def test_help_and_list_import_nothing_heavy() -> None:
+    code = (
+        "import sys\nfrom tinyllava import cli\n"
+        "try:\n    cli.main(['list'])\nexcept SystemExit as stop:\n    assert stop.code == 0\n"
+        "heavy = {'torch', 'transformers', 'datasets', 'matplotlib', 'accelerate', 'peft', 'PIL', 'numpy'}\n"
+        "sys.exit(' '.join(sorted(heavy & set(sys.modules))) or 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, f"imported: {done.stderr}"
+
+
+def test_help_names_every_command(tinyllava: Callable[..., Said]) -> None:
+    for arguments in ([], ["--help"], ["-h"]):
+        said = tinyllava(*arguments)
+        assert all(command.split()[0] in said.out for command in SURFACE), arguments
+        assert "error" not in said.err
+    assert "learning_rate=1e-4" in tinyllava("train", "--help").out
+
+
+def test_list_shows_every_part_and_what_it_is(tinyllava: Callable[..., Said]) -> None:
+    everything = tinyllava("list").out
+    for kind in KINDS:
+        names = Factory(kind).names()
+        shown = tinyllava("list", kind).out
+        assert kind in everything and all(name in everything and name in shown for name in names)
+        for name in names:
+            line = parts.first_line(Factory(kind).path(name))
+            assert len(line) > 20 and not line.startswith(("#", "`")), f"{kind}/{name} does not say what it is"
+            assert line.split()[0] in shown
+
+
+def test_list_shows_what_was_registered(tinyllava: Callable[..., Said], monkeypatch: pytest.MonkeyPatch) -> None:
+    class Mine:
+        """Folds features in half."""
+
+    monkeypatch.setitem(Factory("connectors").registered, "mine", Mine)
+    assert "Folds features in half." in tinyllava("list", "connectors").out
+
+
+# -- what is wrong -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "facts"),
+    [
+        (["trian"], ["trian", "train"]),
+        (["train"], ["RECIPE"]),
+        (["train", "quickstrat"], ["unknown recipe 'quickstrat'", "did you mean 'quickstart'", "Known:"]),
+        (["train", "nowhere.yaml"], ["nowhere.yaml", "not found", "quickstart"]),
+        (["train", "quickstart", "--outptu", "x"], ["--outptu"]),
+        (["train", "quickstart", "seed"], ["'seed'", "key=value"]),
+        (
+            ["look", "quickstart", "stages.finetune.trainer.learning_rat=1"],
+            ["learning_rat", "did you mean", "learning_rate"],
+        ),
+        (["look", "quickstart", "model.connector=mpl"], ["unknown connector 'mpl'", "did you mean 'mlp'"]),
+        (["look", "quickstart", "stages.finetune.tune.llm=lroa"], ["unknown tuning 'lroa'", "did you mean 'lora'"]),
+        (["train", "quickstart", "eval=[pope]"], ["pope", "--data"]),
+        (["list", "recepies"], ["recepies", "did you mean 'recipes'"]),
+        (["chat", "nowhere"], ["nowhere", "is no directory"]),
+        (["chat", "nowhere", "--temperature", "hot"], ["--temperature", "valid number"]),
+        (["eval", "nowhere", "--tasks", "pop"], ["unknown benchmark 'pop'", "did you mean 'pope'"]),
+        (["eval", "nowhere"], ["--tasks"]),
+        (["export", "nowhere", "--to", "gguf", "--output", "x"], ["gguf", "merged"]),
+        (["data", "check", "quickstrat"], ["did you mean 'quickstart'"]),
+        (["data", "check", "missing.json"], ["missing.json", "not found"]),
+    ],
+)
+def test_a_mistake_is_answered_in_a_line(
+    tinyllava: Callable[..., Said], arguments: list[str], facts: list[str]
+) -> None:
+    assert_refused(tinyllava(*arguments), *facts)
+
+
+def test_a_recipe_that_asks_for_what_is_not_there(
+    tinyllava: Callable[..., Said], tmp_path: Path, pictures: Path
+) -> None:
+    path = written(tmp_path, recipe(pictures))
+    assert_refused(tinyllava("look", path, "model.llm=nobody/no-such-llm"), "nobody/no-such-llm", "local directory")
+    gone = tinyllava("look", path, f"stages.pretrain.data=[{{path: {tmp_path}/gone.json}}]")
+    assert_refused(gone, "gone.json", "not found")
+    folder = tinyllava(
+        "look", path, f"stages.pretrain.data=[{{path: {pictures}/captions.json, images: {tmp_path}/no}}]"
+    )
+    assert_refused(folder, f"{tmp_path}/no", "images")
+
+
+def test_a_half_written_checkpoint_is_refused(tinyllava: Callable[..., Said], tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llava"}))
+    assert_refused(tinyllava("chat", tmp_path, "--prompt", "hi"), "half written")
+
+
+def test_debug_shows_where_wherever_it_stands(tinyllava: Callable[..., Said]) -> None:
+    for arguments in (["--debug", "list", "recepies"], ["list", "recepies", "--debug"]):
+        said = tinyllava(*arguments)
+        assert said.code == 2
+        assert "Traceback" in said.err and "factory.py" in said.err
+        assert said.err.rstrip().splitlines()[-1].startswith("error: ")
+
+
+def test_a_full_or_forbidden_disk_is_no_traceback(
+    tinyllava: Callable[..., Said], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device", "runs/x")
+
+    monkeypatch.setattr(parts, "show", full)
+    assert_refused(tinyllava("list"), "No space left on device", "runs/x")
+
+
+def test_an_interrupted_run_says_how_to_go_on(tinyllava: Callable[..., Said], tmp_path: Path, pictures: Path) -> None:
+    from tinyllava.train import stage
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    path = written(tmp_path, recipe(pictures))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stage, "run", interrupted)
+        said = tinyllava("train", path, "seed=3", "--output", tmp_path / "my run", "--overwrite")
+    assert said.code == 130 and "Traceback" not in said.err
+    assert f"tinyllava train {path} seed=3 --output '{tmp_path / 'my run'}'" in said.err
+    assert "--overwrite" not in said.err

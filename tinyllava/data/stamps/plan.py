@@ -1,0 +1,174 @@
+"""What is asked about which picture: every record of a tier, decided before a pixel is drawn.
+
+Each record has a random generator of its own, seeded by tier, part and number: one part's size changes no other part,
+and test pictures are never training pictures. Answers are drawn before scenes wherever a kind could lean to one answer.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from random import Random
+
+from tinyllava.data.stamps import words
+from tinyllava.data.stamps.compose import BACKGROUNDS, QUADRANTS, Scene, compose
+from tinyllava.data.stamps.library import TINTS, library
+from tinyllava.data.stamps.questions import KINDS, Context, Question, caption, chat
+from tinyllava.data.stamps.tiers import Tier
+
+SINGLE = 0.4  # share of pictures with one thing, beyond its even share: a tower learns names from large things first
+TEXT_ONLY = 0.05  # share of instructions without a picture
+DESCRIBE = 0.1  # share of conversations that end with a description
+PARTS = ("captions", "instructions", "validation", "test")
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A record as it will be written, and the scene of its picture (None: text only)."""
+
+    record: dict
+    scene: Scene | None
+
+
+def plan(tier: Tier, seed: int, part: str, count: int) -> Iterator[Planned]:
+    """The records of one part, `count` of them (test: `count` a category)."""
+    if part == "test":
+        yield from _test(tier, seed, count)
+        return
+    for number in range(count):
+        rng = Random(f"{tier.name}/{seed}/{part}/{number}")
+        name = f"{part}-{number:06d}"
+        image = f"images/{name}.jpg"
+        if part == "captions":
+            scene = sample(tier, rng, single=SINGLE)
+            turns = [("<image>\nDescribe the picture.", caption(scene))]
+        elif rng.random() < TEXT_ONLY:
+            scene, turns = None, chat(_context(tier), rng)
+        else:
+            scene, turns = _conversation(tier, rng)
+        record = {"id": name} | ({"image": image} if scene else {})
+        record["conversations"] = [
+            {"from": who, "value": text} for turn in turns for who, text in zip(("human", "gpt"), turn, strict=True)
+        ]
+        yield Planned(record, scene)
+
+
+def _context(tier: Tier) -> Context:
+    return Context(tier.concepts, tier.most)
+
+
+def sample(tier: Tier, rng: Random, single: float = 0.0, first: str | None = None) -> Scene:
+    """Any scene of the tier: one thing or several, often some of the same kind, on any background."""
+    count = 1 if rng.random() < single else rng.randint(1, tier.most)
+    copies = rng.randint(2, count) if count > 1 and rng.random() < 0.35 else 1
+    return compose(
+        rng,
+        tier.size,
+        tier.concepts,
+        count,
+        patterns=tier.patterns,
+        drawings=tier.drawings,
+        flips=tier.flips,
+        fill=tier.fill,
+        copies=copies,
+        first=first,
+        placed=rng.random() < 0.5,
+    )
+
+
+def _conversation(tier: Tier, rng: Random) -> tuple[Scene, list[tuple[str, str]]]:
+    """A scene and several questions about it, none of which gives another's answer away in its own words."""
+    context = _context(tier)
+    if "reading" in tier.kinds and rng.random() < 0.15:
+        scene = words.scene(rng, tier.size, tier.patterns, words.split(words.TRAIN), words.FONTS)
+        kinds = ["reading", "background_colour"]
+    else:
+        scene = sample(tier, rng, single=SINGLE / 2)
+        kinds = rng.choices(
+            [k for k in tier.kinds if k != "reading"],
+            [w for k, w in tier.kinds.items() if k != "reading"],
+            k=3 * tier.turns,
+        )
+    found = _existence(scene, context, rng, kinds[: tier.turns].count("existence"))
+    seen = set()
+    for kind in kinds:
+        if len(found) < tier.turns and kind != "existence":
+            question = KINDS[kind](scene, context, rng, None)
+            if question and (kind, question.answer, question.about) not in seen:
+                seen.add((kind, question.answer, question.about))
+                found.append(question)
+    turns = [(q.text, q.answer) for q in found]
+    if scene.things and rng.random() < DESCRIBE:
+        turns.append((rng.choice(["Describe the picture.", "What do you see?"]), caption(scene)))
+    return scene, [(f"<image>\n{text}" if i == 0 else text, answer) for i, (text, answer) in enumerate(turns)]
+
+
+def _existence(scene: Scene, context: Context, rng: Random, wanted: int) -> list[Question]:
+    """At most one existence question for each concept that is there, before anything else is asked: a concept named
+    earlier in the conversation would be a hint, and running out of things to say yes to would tilt the rest to no."""
+    found, about = [], set()
+    for _ in range(min(wanted, len({t.concept.name for t in scene.things}))):
+        want = rng.choice(["yes", "no"])
+        question = None
+        while question is None or question.about in about:
+            question = KINDS["existence"](scene, context, rng, want)
+        about.add(question.about)
+        found.append(question)
+    return found
+
+
+def answers(tier: Tier) -> dict[str, tuple[str, ...]]:
+    """The categories of the tier's test and the answers that each asks for in turn."""
+    concepts = library().concepts
+    kinds = tuple(
+        k
+        for k in sorted({c.kind for c in concepts.values() if c.kind})
+        if sum(concepts[c].kind == k for c in tier.concepts) >= 2
+    )
+    found = {
+        "existence": ("yes", "no"),
+        "counting": tuple(str(n) for n in range(1, tier.most + 1)),
+        "spatial": ("left", "right", "above", "below"),
+        "quadrant": QUADRANTS,
+        "colour": tuple(TINTS),
+        "background_colour": tuple(BACKGROUNDS),
+        "naming": tier.concepts,
+        "category": kinds,
+    }
+    if "multiple_choice" in tier.kinds:
+        found["multiple_choice"] = ("A", "B", "C", "D")
+    if "reading" in tier.kinds:
+        found["reading"] = words.split(words.HELD_OUT)
+    if tier.held_out:
+        found["new_concepts"] = tuple(c for c in tier.held_out if concepts[c].kind in kinds)
+    return found
+
+
+def _test(tier: Tier, seed: int, count: int) -> Iterator[Planned]:
+    """`count` questions a category, each about a picture of its own, the answers in turn and so in equal numbers."""
+    for category, choices in answers(tier).items():
+        order = Random(f"{tier.name}/{seed}/test/{category}").sample(choices, len(choices))
+        for number in range(count):
+            rng = Random(f"{tier.name}/{seed}/test/{category}/{number}")
+            want, question = order[number % len(order)], None
+            while question is None:
+                scene, question = _asked(tier, rng, category, want)
+            name = f"test-{category}-{number:04d}"
+            record = {"question_id": name, "image": f"images/{name}.jpg", "text": question.text}
+            record |= {"answer": question.answer, "category": category}
+            record |= {"accept": list(question.accept)} if question.accept else {}
+            record |= {"options": list(question.options)} if question.options else {}
+            yield Planned(record, scene)
+
+
+def _asked(tier: Tier, rng: Random, category: str, want: str) -> tuple[Scene, Question | None]:
+    context = _context(tier)
+    if category == "reading":
+        fonts = words.HELD_OUT_FONTS if rng.random() < 0.5 else words.FONTS
+        scene = words.scene(rng, tier.size, tier.patterns, (want,), fonts)
+    elif category == "new_concepts":
+        scene = sample(tier, rng, single=1.0, first=want)
+        return scene, KINDS["category"](scene, context, rng, None)
+    elif category == "naming":
+        scene = sample(tier, rng, single=1.0, first=want)
+    else:
+        scene = sample(tier, rng, single=1.0 if category == "category" else 0.0)
+    return scene, KINDS[category](scene, context, rng, want)
