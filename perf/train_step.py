@@ -2,8 +2,9 @@
 
     python perf/train_step.py            # 2 minutes on one core; prints a table
 
-What differs: the head and the loss run on supervised positions only, and a frozen tower runs without autograd up to the layer
-that is used. Process CPU seconds (machines are shared and noisy), best of the repeats, both sides in one run, alternating.
+What differs: the head and the loss run on supervised positions only, and a frozen tower runs without autograd up to
+the layer that is used. Process CPU seconds (machines are shared and noisy), best of the repeats, both sides in one
+run, alternating.
 """
 
 import time
@@ -16,7 +17,7 @@ from transformers import LlavaForConditionalGeneration
 from tinyllava.config import ModelSpec, Tune
 from tinyllava.data.sample import Sample
 from tinyllava.model.build import build
-from tinyllava.model.checkpoint import plain_config
+from tinyllava.model.layout import plain_config
 from tinyllava.train.tune import apply_tuning
 
 REPEATS = 5
@@ -75,7 +76,10 @@ def seconds(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> tuple[fl
 def main() -> None:
     """Measure both sides for each tuning."""
     torch.set_num_threads(1)
-    record = {"conversations": [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A."}], "image": "a"}
+    record = {
+        "conversations": [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A."}],
+        "image": "a",
+    }
     table = Table("training", "supervised", "transformers, s", "ours, s", "speed-up", "losses")
     for name, tune in TUNES.items():
         for supervised in (8, 48):

@@ -80,7 +80,7 @@ def test_short_names_options_and_own_code() -> None:
     with pytest.raises(UserError, match="unknown connector 'mlp2x_tanhh'"):
         Factory("connectors").resolve("mlp2x_tanhh", {})
     assert Factory("connectors").get("collections:OrderedDict").__name__ == "OrderedDict"
-    with pytest.raises(UserError, match="cannot load connector 'nothing.here:X'"):
+    with pytest.raises(UserError, match=r"cannot load connector 'nothing\.here:X'"):
         Factory("connectors").get("nothing.here:X")
     Factory("connectors").register("mine", dict)
     assert Factory("connectors").get("mine") is dict and "mine" in Factory("connectors").names()

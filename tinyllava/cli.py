@@ -156,10 +156,11 @@ def export(
         raise UserError(f"{output_dir} exists already. Choose another --output, or remove it.")
     from tinyllava.infer import find_checkpoint
     from tinyllava.model import checkpoint as files
+    from tinyllava.model.adapter import merge
 
     source = find_checkpoint(checkpoint)
     model, processor, template, record = files.load(source)
-    merged = files.merge(model)
+    merged = merge(model)
     with files.aside(output_dir) as directory:
         files.save(merged, processor, template, directory, {**record.get("run", {}), "merged_from": source.name})
     reason = files.why_not_plain(merged)

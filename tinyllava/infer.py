@@ -32,8 +32,8 @@ from tinyllava.data.template import Template
 from tinyllava.errors import UserError
 from tinyllava.model import checkpoint
 from tinyllava.model.answer import Reader, stream_ids
-from tinyllava.model.build import DTYPES
 from tinyllava.model.modeling import TinyLlavaForConditionalGeneration
+from tinyllava.model.parts import DTYPES
 from tinyllava.model.processor import TinyLlavaProcessor
 
 logger = logging.getLogger("tinyllava")

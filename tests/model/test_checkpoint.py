@@ -18,6 +18,7 @@ from tinyllava.config import ModelSpec, Tune
 from tinyllava.data.sample import Sample
 from tinyllava.errors import UserError
 from tinyllava.model import checkpoint
+from tinyllava.model.adapter import ADAPTER, merge
 from tinyllava.model.build import build
 from tinyllava.train.tune import apply_tuning
 
@@ -61,7 +62,9 @@ PLAIN = [
     ({}, LORA),
     ({"connector": "linear"}, LORA),
 ]
+GPT2 = {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 4}  # ties its head to `wte`
 OURS = [
+    ({"llm": GPT2}, None),
     ({"llm": PHI}, None),
     ({"connector": {"mlp": {"layers": 3, "act": "silu"}}}, None),
     ({"llm": PHI, "tower": SIGLIP}, LORA),
@@ -135,14 +138,14 @@ def test_the_keys_are_the_published_ones(tmp_path: Path) -> None:
 def test_an_adapter_merges_into_the_same_logits(pictures: Path, tmp_path: Path) -> None:
     model, processor, template = made(LORA)
     before = logits(model, processor, pictures)
-    merged = checkpoint.merge(model)
+    merged = merge(model)
     torch.testing.assert_close(logits(merged, processor, pictures), before, atol=1e-4, rtol=1e-4)
     checkpoint.save(merged, processor, template, tmp_path / "m")
-    assert not (tmp_path / "m" / checkpoint.ADAPTER).exists()
+    assert not (tmp_path / "m" / ADAPTER).exists()
     again, *_ = checkpoint.load(tmp_path / "m")
     torch.testing.assert_close(logits(again, processor, pictures), before, atol=1e-4, rtol=1e-4)
     with pytest.raises(UserError, match="no adapter to merge"):
-        checkpoint.merge(again)
+        merge(again)
 
 
 def test_an_adapter_carries_its_connector(tmp_path: Path) -> None:
@@ -151,7 +154,7 @@ def test_an_adapter_carries_its_connector(tmp_path: Path) -> None:
     model, processor, template = made(LORA)
     checkpoint.save(model, processor, template, tmp_path)
     assert json.loads((tmp_path / "adapter_config.json").read_text())["modules_to_save"] == ["multi_modal_projector"]
-    stored = load_file(tmp_path / checkpoint.ADAPTER)["base_model.model.model.multi_modal_projector.linear_1.weight"]
+    stored = load_file(tmp_path / ADAPTER)["base_model.model.model.multi_modal_projector.linear_1.weight"]
     torch.testing.assert_close(stored, model.model.multi_modal_projector.linear_1.weight.data)
 
 

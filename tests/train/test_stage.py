@@ -15,6 +15,7 @@ from tests.conftest import CLIP, DINOV2, PHI, tiny_model
 from tests.train.tiny_run import recipe
 from tinyllava.errors import UserError
 from tinyllava.model import checkpoint
+from tinyllava.model.adapter import has_adapter
 from tinyllava.train import stage
 from tinyllava.train.record import RunRecord
 
@@ -81,7 +82,7 @@ def test_a_checkpoint_in_the_middle_is_complete(pictures: Path, tmp_path: Path) 
     stage.run(recipe(pictures, {"llm": LORA}), "tiny", tmp_path)
     middle = tmp_path / "finetune" / "checkpoint-8"
     model, processor, _, record = checkpoint.load(middle)
-    assert checkpoint.has_adapter(model) and record["run"]["step"] == 8 and processor.tokens_per_image == 16
+    assert has_adapter(model) and record["run"]["step"] == 8 and processor.tokens_per_image == 16
     start, end = weights(tmp_path / "pretrain" / "final"), model.state_dict()
     name = "model.multi_modal_projector.linear_1.weight"
     assert not torch.equal(start[name], end[name])  # the trained connector, not the one the stage began with

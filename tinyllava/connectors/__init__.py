@@ -12,4 +12,14 @@ A connector that computes exactly what transformers' Llava projector computes (l
 
 and its checkpoints are then plain `llava`. `from_short_name(name) -> options | None` understands names like
 `mlp2x_gelu`.
+
+A connector that the original TinyLLaVA Factory had, under other names, also defines
+
+    @staticmethod
+    from_original(state: dict) -> dict             # the original's weights, named as they follow `_connector.` in its
+                                                   # files, under our names (default: they are the same)
+
+Initialisation: after `__init__`, every Linear, Conv and norm is set as the LLM's own are (Linear: N(0, its
+`initializer_range`), bias 0). A parameter of the connector itself, such as learned queries, stays as `__init__` drew
+it; the recipe's seed covers both.
 """

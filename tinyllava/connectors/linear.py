@@ -15,6 +15,11 @@ class Connector(nn.Module):
         """One token a patch."""
         return patches
 
+    @staticmethod
+    def from_original(state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """`weight` -> `linear_1.weight`."""
+        return {f"linear_1.{name}": tensor for name, tensor in state.items()}
+
     def llava_projector(self) -> dict:
         """Llava's projector with a linear activation, and an identity as second layer."""
         return {"projector_hidden_act": "linear", "multimodal_projector_bias": True}

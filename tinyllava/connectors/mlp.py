@@ -31,6 +31,12 @@ class Connector(nn.Module):
         match = re.fullmatch(r"mlp(\d+)x_(gelu|relu|silu)", name)
         return {"layers": int(match[1]), "act": match[2]} if match else None
 
+    @staticmethod
+    def from_original(state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """`0.weight`, `2.weight`, ... (its activations are numbered too) -> `linear_1.weight`, `linear_2.weight`, ..."""
+        parts = [(*name.split("."), tensor) for name, tensor in state.items()]
+        return {f"linear_{int(index) // 2 + 1}.{kind}": tensor for index, kind, tensor in parts}
+
     def num_tokens(self, patches: int) -> int:
         """One token a patch."""
         return patches

@@ -7,19 +7,11 @@ lines as one without, up to their order.
 import json
 import logging
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    Task,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn
 from rich.text import Text
 
 from tinyllava.console import messages
@@ -57,7 +49,8 @@ def ask(
     left = [question for question in questions if question.id not in given]
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file, _bar(progress and bool(left)) as bar:
-        row = bar.add_task(title, total=len(questions), completed=len(questions) - len(left))
+        before = len(questions) - len(left)
+        row = bar.add_task(title, total=len(questions), completed=before, before=before)
         samples = [sample_of(question, blind) for question in left]
         for index, text in session.generate_each(samples, batch_size, **generation):
             question = left[index]
@@ -129,15 +122,18 @@ def spread(questions: list[Question], limit: int | None) -> list[Question]:
     return chosen[:limit]
 
 
-class _Rate(ProgressColumn):
-    """Questions a second."""
+class _Speed(ProgressColumn):
+    """Questions a second and the time left, over the whole run: answers come in bursts, a batch at a time."""
 
     def render(self, task: Task) -> Text:
-        """Empty until there is something to divide."""
-        speed = task.finished_speed or task.speed
-        return Text(f"{speed:.1f}/s" if speed else "", style="progress.data.speed")
+        """Empty until the first batch is done."""
+        new = task.completed - task.fields["before"]
+        if not new or not task.elapsed:
+            return Text("")
+        left = timedelta(seconds=round((task.total - task.completed) * task.elapsed / new))
+        return Text(f"{new / task.elapsed:.1f}/s  {left} left")
 
 
 def _bar(shown: bool) -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate())
-    return Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=messages, disable=not shown)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Speed())
+    return Progress(*columns, console=messages, disable=not shown)

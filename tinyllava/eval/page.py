@@ -97,7 +97,7 @@ def _table(categories: Mapping[str, Mapping[str, Any]]) -> str:
         bar = f'<span class="bar">{bar}</span>'
         cells = (percent(row[key]) for key in ("accuracy", "blind", "majority"))
         numbers = "".join(f"<td>{cell}</td>" for cell in cells)
-        rows.append(f'<tr><td>{escape(name)}</td><td>{bar}</td>{numbers}<td>{row["n"]:,}</td></tr>')
+        rows.append(f"<tr><td>{escape(name)}</td><td>{bar}</td>{numbers}<td>{row['n']:,}</td></tr>")
     head = "<tr><th></th><th></th><th>accuracy</th><th>blind</th><th>majority</th><th>n</th></tr>"
     note = "Blind: asked without the picture. Majority: always the most frequent answer. Red: the better of the two."
     return f"<table>{head}{''.join(rows)}</table>\n<p>{note}</p>"

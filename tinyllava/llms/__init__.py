@@ -3,4 +3,7 @@ loading cannot:
 
 class LLM:
     template: str               # the template used when a recipe names none
+
+All files are imported before any part is loaded. One whose model transformers lacks defines its config and model
+classes as well and registers them with the Auto classes (openelm.py).
 """

@@ -1,4 +1,4 @@
-"""Qwen1.5, Qwen2 and Qwen2.5: the `qwen2_base` template unless a recipe names another (an Instruct model wants `template: qwen2_instruct`)."""
+"""Qwen1.5, Qwen2 and Qwen2.5: the `qwen2_base` template unless a recipe names another (Instruct: `qwen2_instruct`)."""
 
 
 class LLM:

@@ -8,39 +8,28 @@ hidden state is found by comparing logits, never believed from a list of names.
 
 import copy
 import logging
-import os
-import re
-import socket
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
-from functools import cache
-from itertools import islice
-from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import torch
-from huggingface_hub.constants import ENDPOINT, HF_HUB_OFFLINE
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import (
-    AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
-    AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
-    PreTrainedTokenizerFast,
     set_seed,
 )
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
-from tinyllava.config import LLMSpec, ModelSpec, TokenizerSpec, VisionTowerSpec
-from tinyllava.data.sample import IMAGE_TOKEN, Sample
+from tinyllava.config import ModelSpec, VisionTowerSpec
+from tinyllava.data.sample import Sample
 from tinyllava.data.template import Template, add_image_token
 from tinyllava.errors import UserError
-from tinyllava.factory import Factory, nearest
+from tinyllava.factory import Factory
 from tinyllava.model.modeling import TinyLlavaConfig, TinyLlavaForConditionalGeneration
+from tinyllava.model.parts import fit_vocabulary, hub_answers, load_part, load_tokenizer, part_config
 from tinyllava.model.processor import TinyLlavaProcessor, build_processor, image_processor
 
 logger = logging.getLogger("tinyllava")
@@ -131,105 +120,6 @@ def assemble(
     return model
 
 
-def part_config(part: str, spec: LLMSpec | VisionTowerSpec) -> PreTrainedConfig:
-    """The transformers config of a part: of a whole CLIP or SigLIP, its vision half."""
-    if spec.config is not None:
-        return config_of(part, spec.config)
-    config = found(part, spec.name, AutoConfig.from_pretrained)
-    return getattr(config, "vision_config", config) if part == "vision_tower" else config
-
-
-def load_part(
-    part: str, spec: LLMSpec | VisionTowerSpec, config: PreTrainedConfig, auto: type, dtype: str, empty: bool
-) -> PreTrainedModel:
-    """The weights of a part: from a Hub id or directory, or random ones."""
-    kwargs = (
-        {} if getattr(spec, "attn_implementation", None) is None else {"attn_implementation": spec.attn_implementation}
-    )
-    if empty or spec.config is not None:
-        model = auto.from_config(config, **kwargs)
-    else:
-        model = found(part, spec.name, auto.from_pretrained, config=config, dtype=DTYPES[dtype], **kwargs)
-    model.config.architectures = [type(model).__name__]
-    return model
-
-
-def load_tokenizer(
-    spec: LLMSpec, template: Template, samples: Callable[[], Iterable[Sample]]
-) -> PreTrainedTokenizerFast:
-    """The LLM's own tokenizer, another one, or a byte-level BPE trained on the samples."""
-    if isinstance(spec.tokenizer, TokenizerSpec):
-        return train_tokenizer(template, samples(), spec.tokenizer.vocab_size)
-    tokenizer = found("tokenizer", spec.tokenizer or spec.name, AutoTokenizer.from_pretrained)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
-    return tokenizer
-
-
-def fit_vocabulary(
-    config: PreTrainedConfig, tokenizer: PreTrainedTokenizerFast, stated: dict[str, Any]
-) -> PreTrainedConfig:
-    """Give a config the tokenizer's size and special ids where the recipe does not state them."""
-    fields = {
-        "vocab_size": len(tokenizer),
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
-    for name, value in fields.items():
-        if name not in stated:
-            setattr(config, name, value)
-    return config
-
-
-def found(part: str, name: str, load: Callable, **kwargs: Any) -> Any:
-    """`load(name)`, with one clear line when neither a directory nor the Hub has it."""
-    local = Path(name).is_dir()
-    try:
-        return load(name, local_files_only=not local and not hub_answers(), **kwargs)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0].rstrip(".") if local else "neither a directory nor on the Hub"
-        if not local and not hub_answers():
-            reason = "no such directory, not in the Hub's cache, and the Hub cannot be reached"
-        raise UserError(
-            f"cannot load the {PART_NAMES[part]} '{name}': {reason}."
-            f" Give a local directory: model.{PART_KEYS.get(part, part)}=/path/to/{name.rstrip('/').rsplit('/', 1)[-1]}"
-        ) from None
-
-
-@cache
-def hub_answers() -> bool:
-    """Whether the Hub can be reached at all: without this question every file costs half a minute of retries offline."""
-    if HF_HUB_OFFLINE:
-        return False
-    try:
-        socket.create_connection((urlsplit(ENDPOINT).hostname, 443), timeout=5).close()
-    except OSError:
-        return bool(os.environ.get("HTTPS_PROXY") or os.environ.get("https_proxy"))
-    return True
-
-
-def config_of(part: str, fields: dict[str, Any]) -> PreTrainedConfig:
-    """A transformers config from a recipe's mapping; `model_type` says which."""
-    fields = dict(fields)
-    model_type = fields.pop("model_type", None)
-    if model_type is None:
-        raise UserError(
-            f"model.{part}.config needs `model_type`, the transformers name of the architecture, like llama."
-        )
-    try:
-        known = AutoConfig.for_model(model_type)
-    except ValueError:
-        raise UserError(f"model.{part}.config: transformers knows no model_type '{model_type}'.") from None
-    wrong = [name for name in fields if not hasattr(known, name)]
-    if wrong:
-        known_names = [name for name in known.to_dict() if not name.startswith("_")]
-        raise UserError(
-            f"model.{part}.config: {model_type} has no field {', '.join(wrong)}{nearest(wrong[0], known_names)}"
-        )
-    return AutoConfig.for_model(model_type, **fields)
-
-
 def tower_family(config: PreTrainedConfig) -> Any:
     """What the package knows about a tower, by its config's model_type."""
     return Factory("vision_towers").get(config.model_type.removesuffix("_vision_model").removesuffix("_vision"))
@@ -313,26 +203,3 @@ def _equal(a: Tensor, b: Tensor, dtype: torch.dtype) -> bool:
     1e-4).
     """
     return bool((a - b).norm() <= 8 * torch.finfo(dtype).eps * b.norm())
-
-
-def train_tokenizer(template: Template, samples: Iterable[Sample], vocab_size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of at most `vocab_size` entries, trained on the samples as `template` writes them: it can write
-    any text.
-    """
-
-    def made(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
-        return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
-
-    specials = ["<s>", "</s>", "<pad>", IMAGE_TOKEN]
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    kwargs = {"special_tokens": specials, "initial_alphabet": alphabet, "show_progress": False}
-    tokenizer.train_from_iterator([], trainers.BpeTrainer(vocab_size=len(specials) + 256, **kwargs))
-    bytes_only = made(tokenizer)
-    rendered = (template.render(sample, bytes_only)[0] for sample in islice(samples, TOKENIZER_SAMPLES))
-    pattern = re.compile("|".join(map(re.escape, specials)))
-    texts = (piece for text in rendered for piece in pattern.split(text) if piece)
-    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=vocab_size, **kwargs))
-    return made(tokenizer)

@@ -10,7 +10,6 @@ not change since the last save is a hard link. `tinyllava.json` is written last 
 directory that is not whole is refused.
 """
 
-import copy
 import errno
 import json
 import os
@@ -22,8 +21,6 @@ from typing import Any
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
-from peft import get_peft_model_state_dict
-from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -33,51 +30,15 @@ from transformers.utils import logging as transformers_logging
 from tinyllava.data.template import Template
 from tinyllava.errors import UserError
 from tinyllava.factory import Factory
+from tinyllava.model.adapter import ADAPTER, has_adapter, replace_module, write_adapter
+from tinyllava.model.layout import PREFIXES, plain_config, published_name, published_state, why_not_plain
 from tinyllava.model.modeling import TinyLlavaConfig, TinyLlavaForConditionalGeneration
 from tinyllava.model.processor import TinyLlavaProcessor, build_processor
 
 RECORD = "tinyllava.json"
 INDEX = "model.safetensors.index.json"
-ADAPTER = "adapter_model.safetensors"
 FORMAT = 1
-PREFIXES = {"vision_tower": "vision_tower.", "connector": "multi_modal_projector.", "llm": "language_model."}
 FILES = {"vision_tower": "vision_tower", "connector": "connector", "llm": "language_model"}
-# transformers 5 lost the `vision_model.` level of these towers in memory; published checkpoints and vLLM have it.
-NESTED_TOWERS = {"clip_vision_model", "siglip_vision_model"}
-
-
-# -- what is plain -----------------------------------------------------------------------------------------------------
-
-
-def why_not_plain(model: TinyLlavaForConditionalGeneration) -> str | None:
-    """None when transformers' own Llava computes exactly this model, else the reason in a few words."""
-    config = model.config
-    ((name, _),) = config.connector.items()
-    projector = getattr(model.model.multi_modal_projector, "llava_projector", lambda: None)()
-    if projector is None:
-        return f"the connector {name} is not Llava's two-layer projector"
-    if config.head_bias or config.head_scale != 1.0 or config.head_softcap is not None:
-        return "the LLM's output head has a bias, a scale or a soft cap, which Llava's has not"
-    if config.vision_feature_select_strategy == "default" and config.prefix_tokens != 1:
-        return f"the tower has {config.prefix_tokens} prefix tokens, and Llava drops exactly one"
-    if config.image_size != config.vision_config.image_size and config.vision_config.model_type in NESTED_TOWERS:
-        return "the pictures are not of the tower's own size, and Llava does not interpolate positions"
-    return None
-
-
-def plain_config(model: TinyLlavaForConditionalGeneration) -> LlavaConfig:
-    """The Llava config of a model for which `why_not_plain` is None."""
-    config = model.config
-    names = ("image_token_index", "image_seq_length", "vision_feature_select_strategy", "vision_feature_layer")
-    plain = LlavaConfig(  # copies: a config resets the attention implementation of the configs it is given
-        vision_config=copy.deepcopy(config.vision_config),
-        text_config=copy.deepcopy(config.text_config),
-        tie_word_embeddings=config.tie_word_embeddings,
-        **{name: getattr(config, name) for name in names},
-        **model.model.multi_modal_projector.llava_projector(),
-    )
-    plain.architectures, plain.dtype = ["LlavaForConditionalGeneration"], config.dtype
-    return plain
 
 
 # -- saving ------------------------------------------------------------------------------------------------------------
@@ -155,37 +116,6 @@ def write_record(directory: Path, record: Mapping[str, Any]) -> None:
     (directory / RECORD).write_text(json.dumps({**record, "files": sizes}, indent=2) + "\n", encoding="utf-8")
 
 
-def published_name(model: TinyLlavaForConditionalGeneration, name: str) -> str:
-    """The name that a parameter in memory has on disk."""
-    nested = "vision_model." if model.config.vision_config.model_type in NESTED_TOWERS else ""
-    renames = {
-        "model.vision_tower.": f"vision_tower.{nested}",
-        "model.multi_modal_projector.": PREFIXES["connector"],
-        "model.language_model.": "language_model.model.",
-        "lm_head.": "language_model.lm_head.",
-    }
-    old = next(prefix for prefix in renames if name.startswith(prefix))
-    return renames[old] + name.removeprefix(old).replace(".base_layer.", ".")
-
-
-def published_state(model: TinyLlavaForConditionalGeneration, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The base weights under their published names, without adapters; a tied head is left out."""
-    tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
-    base = {name: tensor for name, tensor in state.items() if ".lora_" not in name and name not in tied}
-    published = {published_name(model, name): tensor for name, tensor in base.items()}
-    if why_not_plain(model) is None:
-        connector = {name: published.pop(name) for name in list(published) if name.startswith(PREFIXES["connector"])}
-        published |= _as_llava(model, connector, PREFIXES["connector"])
-    return published
-
-
-def _as_llava(model: TinyLlavaForConditionalGeneration, state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The connector's weights as Llava's projector has them."""
-    to_llava = getattr(model.model.multi_modal_projector, "to_llava", dict)
-    made = to_llava({name.removeprefix(prefix): tensor for name, tensor in state.items()})
-    return {prefix + name: tensor.to(model.dtype) for name, tensor in made.items()}
-
-
 def write_weights(
     published: Mapping[str, Tensor], directory: Path, reuse: Mapping[str, list[Path]]
 ) -> dict[str, list[Path]]:
@@ -228,55 +158,6 @@ def link(source: Path, target: Path) -> None:
         if error.errno in {errno.ENOSPC, errno.EDQUOT}:
             raise
         shutil.copy2(source, target)
-
-
-# -- adapters ----------------------------------------------------------------------------------------------------------
-
-
-def has_adapter(model: TinyLlavaForConditionalGeneration) -> bool:
-    """Whether LoRA layers are in the model."""
-    return bool(getattr(model, "peft_config", None))
-
-
-def write_adapter(model: TinyLlavaForConditionalGeneration, state: Mapping[str, Tensor], directory: Path) -> None:
-    """The adapter in peft's files.
-
-    It carries the connector too (`modules_to_save`), so that it is whole even without its directory.
-    """
-    config = model.peft_config["default"]
-    lora = get_peft_model_state_dict(model, state_dict={name: t for name, t in state.items() if ".lora_" in name})
-    prefix = "model.multi_modal_projector."
-    connector = {name: tensor for name, tensor in state.items() if name.startswith(prefix) and ".lora_" not in name}
-    connector = {name.replace(".base_layer.", "."): tensor for name, tensor in connector.items()}
-    if why_not_plain(model) is None:
-        connector = _as_llava(model, connector, prefix)
-    carried = bool(connector) and not any(name.startswith(prefix) for name in lora)
-    adapter = {**lora, **(connector if carried else {})}
-    tensors = {f"base_model.model.{name}": tensor.detach().cpu().contiguous() for name, tensor in adapter.items()}
-    save_file(tensors, directory / ADAPTER, metadata={"format": "pt"})
-    config.base_model_name_or_path = "."  # the base lies beside it
-    config.inference_mode, training = True, config.inference_mode
-    config.modules_to_save = ["multi_modal_projector"] if carried else None
-    config.save_pretrained(directory)
-    config.inference_mode, config.modules_to_save = training, None
-
-
-def merge(model: TinyLlavaForConditionalGeneration) -> TinyLlavaForConditionalGeneration:
-    """Fold the adapter into the base weights, in place: W + (alpha / r) B A. Raises UserError when there is none."""
-    if not has_adapter(model):
-        raise UserError("there is no adapter to merge: the checkpoint is full already.")
-    for name, module in list(model.named_modules()):
-        if isinstance(module, BaseTunerLayer):
-            module.merge(safe_merge=True)
-            _replace_module(model, name, module.get_base_layer())
-    del model.peft_config
-    model._hf_peft_config_loaded = False
-    return model
-
-
-def _replace_module(model: torch.nn.Module, name: str, module: torch.nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
 
 
 # -- loading -----------------------------------------------------------------------------------------------------------
@@ -337,7 +218,7 @@ def load(
         )
     for name, module in list(model.named_modules()):
         if isinstance(module, ModulesToSaveWrapper):  # the connector inside an adapter: the same weights as in the base
-            _replace_module(model, name, module.modules_to_save["default"])
+            replace_module(model, name, module.modules_to_save["default"])
     processor = build_processor(
         config,
         plain_processor.image_processor,

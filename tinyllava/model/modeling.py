@@ -112,7 +112,7 @@ class TinyLlavaModel(LlavaModel):
         self.post_init()
 
     def used_tower_parameters(self) -> set[str]:
-        """Names of the tower's parameters that its features depend on: no layer above the feature layer, no head, no mask token.
+        """The tower's parameters that its features depend on: no layer above the feature layer, no head, no mask token.
 
         Seen by a backward pass through a twin without weights, so that it holds for any tower.
         """
@@ -207,7 +207,13 @@ class TinyLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         LlavaPreTrainedModel.__init__(self, config)
         self.model = TinyLlavaModel(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=config.head_bias)
+        self._tied_weights_keys = {"lm_head.weight": f"model.language_model.{self.embeddings_name()}.weight"}
         self.post_init()
+
+    def embeddings_name(self) -> str:
+        """What the LLM calls its input embeddings: `embed_tokens` in most, `wte` in GPT-2."""
+        embeddings = self.model.language_model.get_input_embeddings()
+        return next(name for name, module in self.model.language_model.named_modules() if module is embeddings)
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits [..., V] of hidden states [..., D], with the LLM's own bias, scale and soft cap."""
@@ -223,6 +229,7 @@ class TinyLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         input_ids: Tensor | None = None,
         pixel_values: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,  # named, so that `generate` makes them: learned ones must not count padding
         labels: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: Tensor | int | None = None,
@@ -234,7 +241,8 @@ class TinyLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         """
         if labels is not None:
             kwargs.setdefault("use_cache", False)
-        outputs = self.model(input_ids=input_ids, pixel_values=pixel_values, attention_mask=attention_mask, **kwargs)
+        kwargs |= {"attention_mask": attention_mask, "position_ids": position_ids}
+        outputs = self.model(input_ids=input_ids, pixel_values=pixel_values, **kwargs)
         hidden = outputs.last_hidden_state  # [B, L, D]
         loss = logits = None
         if labels is not None:
@@ -274,6 +282,8 @@ class TinyLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         return total / (targets.numel() if num_items is None else num_items)
 
 
+for _name in Factory("llms").names():  # an LLM that transformers lacks registers itself when its file is imported
+    Factory("llms").get(_name)
 AutoConfig.register(TinyLlavaConfig.model_type, TinyLlavaConfig)
 AutoModelForImageTextToText.register(TinyLlavaConfig, TinyLlavaForConditionalGeneration)
 # Checkpoints carry the published llava names (`language_model.model.*`, `vision_tower.vision_model.*`) in both classes.

@@ -17,7 +17,8 @@ from tinyllava.config import Recipe
 from tinyllava.data.spans import IGNORE
 from tinyllava.data.streaming import StreamingDataset
 from tinyllava.data.template import image_token_id
-from tinyllava.model import checkpoint
+from tinyllava.model.adapter import has_adapter
+from tinyllava.model.layout import why_not_plain
 from tinyllava.train.plan import Plan
 from tinyllava.train.report import colour_tokens, length_histogram, parts_table
 from tinyllava.train.stage import Setup, prepare
@@ -97,7 +98,7 @@ def show_item(setup: Setup, item: dict[str, Any], console: Console) -> None:
 
 def where_it_runs(setup: Setup) -> list[str]:
     """What can load the checkpoint that the last stage writes."""
-    reason = checkpoint.why_not_plain(setup.model)
+    reason = why_not_plain(setup.model)
     if reason is None:
         lines = ["plain llava: loads in transformers and vLLM without our code"]
     else:
@@ -105,6 +106,6 @@ def where_it_runs(setup: Setup) -> list[str]:
             f"not plain llava: {reason}.",
             "It loads in transformers after `import tinyllava`; vLLM cannot run it.",
         ]
-    if checkpoint.has_adapter(setup.model):
+    if has_adapter(setup.model):
         lines.append("It carries a LoRA adapter: `tinyllava export DIR --to merged` folds it into the weights.")
     return lines

@@ -28,12 +28,14 @@ from tinyllava.data.streaming import StreamingDataset
 from tinyllava.data.template import Template
 from tinyllava.errors import UserError
 from tinyllava.model import checkpoint
+from tinyllava.model.adapter import has_adapter, merge
 from tinyllava.model.build import build
 from tinyllava.model.modeling import TinyLlavaForConditionalGeneration
 from tinyllava.model.processor import TinyLlavaProcessor
+from tinyllava.train.arguments import training_arguments
 from tinyllava.train.record import RunRecord, is_main_process
 from tinyllava.train.report import ProgressBar, RunLog, parts_table
-from tinyllava.train.trainer import Trainer, training_arguments
+from tinyllava.train.trainer import Trainer
 from tinyllava.train.tune import Tuned, apply_tuning
 
 logger = logging.getLogger("tinyllava")
@@ -116,8 +118,8 @@ def prepare(
         model, processor, template = build(recipe.model, lambda: training_samples(recipe), recipe.seed, empty)
     else:
         model, processor, template, _ = checkpoint.load(source)
-        if checkpoint.has_adapter(model):
-            model = checkpoint.merge(model)
+        if has_adapter(model):
+            model = merge(model)
         else:
             reuse = checkpoint.part_files(source)
     tuned = apply_tuning(model, stage.tune, recipe.seed)

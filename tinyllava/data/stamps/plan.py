@@ -91,7 +91,7 @@ def _conversation(tier: Tier, rng: Random) -> tuple[Scene, list[tuple[str, str]]
     seen = set()
     for kind in kinds:
         if len(found) < tier.turns and kind != "existence":
-            question = KINDS[kind](scene, context, rng, None)
+            question = KINDS[kind](scene, context, rng, _wanted(kind, tier, rng))
             if question and (kind, question.answer, question.about) not in seen:
                 seen.add((kind, question.answer, question.about))
                 found.append(question)
@@ -99,6 +99,12 @@ def _conversation(tier: Tier, rng: Random) -> tuple[Scene, list[tuple[str, str]]
     if scene.things and rng.random() < DESCRIBE:
         turns.append((rng.choice(["Describe the picture.", "What do you see?"]), caption(scene)))
     return scene, [(f"<image>\n{text}" if i == 0 else text, answer) for i, (text, answer) in enumerate(turns)]
+
+
+def _wanted(kind: str, tier: Tier, rng: Random) -> str | None:
+    """A count is wanted the more often the rarer it is: nearly every picture holds one of something, few hold three."""
+    counts = range(1, tier.most + 1)
+    return str(rng.choices(counts, counts)[0]) if kind == "counting" else None
 
 
 def _existence(scene: Scene, context: Context, rng: Random, wanted: int) -> list[Question]:

@@ -1,0 +1,317 @@
+"""OpenELM (arXiv 2404.14619): Apple's LLMs whose layers differ in their number of heads and in the width of their FFN.
+
+transformers has no OpenELM, so its classes stand here; importing this file registers them, and the Auto classes then
+read Apple's directories without remote code. Apple publishes no tokenizer: it is Llama-2's, given by the user.
+
+    model:
+      llm: {name: apple/OpenELM-450M-Instruct, tokenizer: meta-llama/Llama-2-7b-hf}
+
+Shapes: B batch, L positions, D model_dim, H heads (queries, then keys, then values), E head_dim.
+"""
+
+from collections.abc import Callable
+from typing import Literal
+
+import numpy as np
+import torch
+from huggingface_hub.dataclasses import strict
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    DynamicCache,
+    GenerationMixin,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import LlamaRMSNorm, eager_attention_forward
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from tinyllava.errors import UserError
+
+
+class LLM:
+    """What loading this family needs to know."""
+
+    template = "llama"
+
+
+@strict
+class OpenELMConfig(PreTrainedConfig):
+    """Apple's fields under Apple's names, and every layer's size worked out from them (section 2.1 of the paper).
+
+    `qkv_multipliers` and `ffn_multipliers` are one number for all layers, or the first and the last layer's with the
+    others evenly between; given lists win. Raises UserError for a list that is not one value a layer.
+    """
+
+    model_type = "openelm"
+    keys_to_ignore_at_inference = ("past_key_values",)
+    attribute_map = {  # noqa: RUF012 (transformers' own name for it)
+        "hidden_size": "model_dim",
+        "num_hidden_layers": "num_transformer_layers",
+        "max_position_embeddings": "max_context_length",
+        "tie_word_embeddings": "share_input_output_layers",
+    }
+
+    vocab_size: int = 32000
+    max_context_length: int = 2048
+    num_transformer_layers: int = 12
+    model_dim: int = 2048
+    head_dim: int = 128
+    qkv_multipliers: int | float | list[int | float] = 1.0
+    num_query_heads: list[int] | None = None
+    num_gqa_groups: int = 1  # query heads that share a key and a value
+    num_kv_heads: list[int] | None = None
+    ffn_multipliers: int | float | list[int | float] = 4.0
+    ffn_with_glu: bool = True
+    ffn_dim_divisor: int = 256
+    activation_fn_name: str = "swish"
+    normalization_layer_name: Literal["rms_norm"] = "rms_norm"
+    normalize_qk_projections: bool = False
+    share_input_output_layers: bool = False
+    rope_freq_constant: int | float = 10000
+    rope_max_length: int = 4096
+    initializer_range: float = 0.02
+    use_cache: bool = True
+    bos_token_id: int | None = 1
+    eos_token_id: int | list[int] | None = 2
+    pad_token_id: int | None = None
+
+    def __post_init__(self, **kwargs: object) -> None:
+        super().__post_init__(**kwargs)  # first: it sets fields that were given under transformers' names
+        layers = self.num_transformer_layers
+        self.ffn_multipliers = spread(self.ffn_multipliers, layers)
+        if self.num_query_heads is None:
+            divisor = self.head_dim * self.num_gqa_groups
+            widths = [make_divisible(self.model_dim * scale, divisor) for scale in spread(self.qkv_multipliers, layers)]
+            self.num_query_heads = [width // self.head_dim for width in widths]
+        if self.num_kv_heads is None:
+            self.num_kv_heads = [heads // self.num_gqa_groups for heads in self.num_query_heads]
+        for name in ("ffn_multipliers", "num_query_heads", "num_kv_heads"):
+            if len(getattr(self, name)) != layers:
+                raise UserError(
+                    f"openelm: {name} has {len(getattr(self, name))} values for {layers} layers."
+                    " Give one a layer, or leave it out."
+                )
+
+
+def spread(scale: float | list[float], layers: int) -> list[float]:
+    """One multiplier a layer: the same for all, or from the first to the last in even steps of two decimals."""
+    if not isinstance(scale, list):
+        return [scale] * layers
+    return [round(float(step), 2) for step in np.linspace(*scale, layers)] if len(scale) == 2 else scale
+
+
+def make_divisible(width: float, divisor: int) -> int:
+    """The multiple of `divisor` that is nearest to `width`, but at least 0.9 of it (MobileNet's rule)."""
+    nearest = max(divisor, int(width + divisor / 2) // divisor * divisor)
+    return nearest + divisor if nearest < 0.9 * width else nearest
+
+
+def rotation(position_ids: Tensor, head_dim: int, base: float) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of the rotary embedding in fp32: [B, L] -> two [B, 1, L, E / 2].
+
+    Computed anew at each call, because a buffer would not survive being made on the meta device.
+    """
+    exponents = torch.arange(0, head_dim, 2, device=position_ids.device).float() / head_dim
+    angles = position_ids[:, None, :, None].float() / base**exponents
+    return angles.cos(), angles.sin()
+
+
+def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn each pair (i, i + E / 2) of [B, H, L, E] by its angle, in fp32 as Apple does."""
+    first, second = heads.float().chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(heads.dtype)
+
+
+class OpenELMAttention(nn.Module):
+    """Grouped-query attention with one projection for queries, keys and values, normalised before they are rotated."""
+
+    def __init__(self, config: OpenELMConfig, layer_idx: int):
+        super().__init__()
+        self.config, self.layer_idx, self.head_dim = config, layer_idx, config.head_dim
+        queries, keys = config.num_query_heads[layer_idx], config.num_kv_heads[layer_idx]
+        self.heads = [queries, keys, keys]
+        self.num_key_value_groups = queries // keys  # this and is_causal are read by transformers' attention functions
+        self.is_causal = True
+        self.qkv_proj = nn.Linear(config.model_dim, sum(self.heads) * self.head_dim, bias=False)
+        self.out_proj = nn.Linear(queries * self.head_dim, config.model_dim, bias=False)
+        normalized = config.normalize_qk_projections
+        self.q_norm = LlamaRMSNorm(self.head_dim) if normalized else nn.Identity()
+        self.k_norm = LlamaRMSNorm(self.head_dim) if normalized else nn.Identity()
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: object,
+    ) -> tuple[Tensor, Tensor | None]:
+        """[B, L, D] -> [B, L, D], and the attention weights where the implementation has them."""
+        shape = hidden_states.shape[:-1]
+        heads = self.qkv_proj(hidden_states).view(*shape, -1, self.head_dim).transpose(1, 2)  # [B, H, L, E]
+        query, key, value = heads.split(self.heads, dim=1)
+        query = rotate(self.q_norm(query), *position_embeddings)
+        key = rotate(self.k_norm(key), *position_embeddings)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        output, weights = attend(
+            self, query, key, value, attention_mask, dropout=0.0, scaling=self.head_dim**-0.5, **kwargs
+        )
+        return self.out_proj(output.reshape(*shape, -1)), weights
+
+
+class OpenELMFFN(nn.Module):
+    """proj_2(act(gate) * up), where proj_1 gives gate and up side by side; without GLU proj_2(act(proj_1))."""
+
+    def __init__(self, config: OpenELMConfig, layer_idx: int):
+        super().__init__()
+        width = make_divisible(config.ffn_multipliers[layer_idx] * config.model_dim, config.ffn_dim_divisor)
+        self.gated = config.ffn_with_glu
+        self.proj_1 = nn.Linear(config.model_dim, width * (1 + self.gated), bias=False)
+        self.proj_2 = nn.Linear(width, config.model_dim, bias=False)
+        self.act = ACT2FN[config.activation_fn_name]
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """[B, L, D] -> [B, L, D]."""
+        inner = self.proj_1(hidden_states)
+        if not self.gated:
+            return self.proj_2(self.act(inner))
+        gate, up = inner.chunk(2, dim=-1)
+        return self.proj_2(self.act(gate) * up)
+
+
+class OpenELMLayer(GradientCheckpointingLayer):
+    """Attention and FFN, each on normalised input and added to what came in."""
+
+    def __init__(self, config: OpenELMConfig, layer_idx: int):
+        super().__init__()
+        self.attn_norm = LlamaRMSNorm(config.model_dim)
+        self.attn = OpenELMAttention(config, layer_idx)
+        self.ffn_norm = LlamaRMSNorm(config.model_dim)
+        self.ffn = OpenELMFFN(config, layer_idx)
+
+    def forward(self, hidden_states: Tensor, **kwargs: object) -> Tensor:
+        """[B, L, D] -> [B, L, D]."""
+        hidden_states = hidden_states + self.attn(self.attn_norm(hidden_states), **kwargs)[0]
+        return hidden_states + self.ffn(self.ffn_norm(hidden_states))
+
+
+class OpenELMPreTrainedModel(PreTrainedModel):
+    """What transformers must know of the family."""
+
+    config: OpenELMConfig
+    base_model_prefix = "transformer"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ("OpenELMLayer",)
+    _skip_keys_device_placement = ("past_key_values",)
+    _supports_flash_attn = _supports_sdpa = _supports_attention_backend = True
+    _can_record_outputs = {"hidden_states": OpenELMLayer, "attentions": OpenELMAttention}  # noqa: RUF012
+
+
+class OpenELMModel(OpenELMPreTrainedModel):
+    """The LLM without its head."""
+
+    def __init__(self, config: OpenELMConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.model_dim)  # on disk: token_embeddings
+        self.layers = nn.ModuleList(OpenELMLayer(config, number) for number in range(config.num_transformer_layers))
+        self.norm = LlamaRMSNorm(config.model_dim)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: object,
+    ) -> BaseModelOutputWithPast:
+        """Hidden states [B, L, D] of ids [B, L] or embeddings [B, L, D], and the cache."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("exactly one of input_ids and inputs_embeds expected.")
+        hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        if position_ids is None:
+            seen = 0 if past_key_values is None else past_key_values.get_seq_length()
+            position_ids = torch.arange(seen, seen + hidden_states.shape[1], device=hidden_states.device).unsqueeze(0)
+        mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=hidden_states,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+        )
+        position_embeddings = rotation(position_ids, self.config.head_dim, self.config.rope_freq_constant)
+        for layer in self.layers:
+            hidden_states = layer(
+                hidden_states,
+                position_embeddings=position_embeddings,
+                attention_mask=mask,
+                past_key_values=past_key_values,
+                **kwargs,
+            )
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+
+
+class OpenELMForCausalLM(OpenELMPreTrainedModel, GenerationMixin):
+    """The LLM with its head, which is the embedding table where `share_input_output_layers` says so."""
+
+    _tied_weights_keys = {"lm_head.weight": "transformer.embed_tokens.weight"}  # noqa: RUF012
+
+    def __init__(self, config: OpenELMConfig):
+        super().__init__(config)
+        self.transformer = OpenELMModel(config)
+        self.lm_head = nn.Linear(config.model_dim, config.vocab_size, bias=False)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: object,
+    ) -> CausalLMOutputWithPast:
+        """Logits [B, L or kept, V]; with labels [B, L] also the mean loss of the next token."""
+        outputs = self.transformer(input_ids=input_ids, **kwargs)
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+AutoConfig.register(OpenELMConfig.model_type, OpenELMConfig, exist_ok=True)
+AutoModel.register(OpenELMConfig, OpenELMModel, exist_ok=True)
+AutoModelForCausalLM.register(OpenELMConfig, OpenELMForCausalLM, exist_ok=True)
+# Llava ties its head to `embed_tokens`; Apple's files call that table `token_embeddings`.
+register_checkpoint_conversion_mapping(
+    OpenELMConfig.model_type, [WeightRenaming("token_embeddings", "embed_tokens")], overwrite=True
+)
