@@ -67,6 +67,7 @@ def test_a_resolved_recipe_reads_back(base: Path) -> None:
         ("stages.one.datas=[]", ["did you mean 'data'"]),
         ("stages.one.data=[{pat: a.json}]", ["unknown key 'stages.one.data.0.pat'", "'path'"]),
         ("model.connector=mlp2x_gelux", ["unknown connector 'mlp2x_gelux'"]),
+        ("model.connector={mlp: {layer: 3}}", ["unknown option 'layer'", "did you mean 'layers'"]),
         ("model.template=fi", ["unknown template 'fi'", "phi"]),
         ("stages.one.tune.llm=lorra", ["unknown tuning 'lorra'", "did you mean 'lora'"]),
         ("stages.one.tune.llm={lora: {rank: 8}}", ["unknown option 'rank'", "Known: r, alpha, dropout, targets"]),

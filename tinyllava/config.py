@@ -13,6 +13,7 @@ one.
 """
 
 import hashlib
+import inspect
 import json
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_type_hints
@@ -285,7 +286,14 @@ def _check_names(recipe: Recipe) -> None:
     """Every part, template, tuning and benchmark a recipe names exists and takes the options it is given."""
     if recipe.model.connector:
         ((name, options),) = recipe.model.connector.items()
-        Factory("connectors").resolve(name, options)
+        connector, options = Factory("connectors").resolve(name, options)
+        taken = inspect.signature(connector).parameters
+        known = [key for key in taken if key not in ("vision_dim", "text_dim")]
+        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken.values()):
+            for key in options:
+                if key not in known:
+                    says = f"unknown option '{key}' of model.connector.{name}{nearest(key, known)}"
+                    raise UserError(f"{says} Known: {', '.join(known) or 'none'}.")
     templates = [recipe.model.template, *(stage.template for stage in recipe.stages.values())]
     for template in filter(None, templates):
         if template != NATIVE_TEMPLATE and not template.endswith(".jinja"):

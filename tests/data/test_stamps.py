@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections import Counter, defaultdict
 from pathlib import Path
 
@@ -104,6 +105,16 @@ def test_training_answers_lean_to_none():
     assert max(corners.values()) < 0.3 * corners.total()
     counts = found["How many"] + found["Count the"]
     assert max(counts.values()) < 0.6 * counts.total()
+
+
+def test_no_answer_can_be_copied_from_an_earlier_turn():
+    for planned in plan(tier("tiny"), 0, "instructions", 800):
+        heard = ""
+        turns = planned.record["conversations"]
+        for question, answer in zip(turns[::2], turns[1::2], strict=True):
+            if planned.scene and answer["value"] in tier("tiny").concepts:
+                assert not re.search(rf"\b{answer['value']}\b", heard)
+            heard += f" {question['value']} {answer['value']}"
 
 
 @pytest.mark.parametrize("name", ["small", "full"])

@@ -32,11 +32,11 @@ def test_a_connector_of_the_original_gives_its_outputs(name: str) -> None:
     case, tensors = json.loads((ROOT / f"{name}.json").read_text()), load_file(ROOT / f"{name}.safetensors")
     config = case["config"]
     features = torch.cat([tensors[key] for key in sorted(tensors) if key.split(".")[0] == "input"], dim=-1)
-    Connector, options = Factory("connectors").resolve(config["connector_type"], options_of(case))  # noqa: N806
-    connector = Connector(features.shape[-1], config["hidden_size"], **options).eval()
+    kind, options = Factory("connectors").resolve(config["connector_type"], options_of(case))
+    connector = kind(features.shape[-1], config["hidden_size"], **options).eval()
     prefix = "state._connector."
     state = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
-    connector.load_state_dict(getattr(Connector, "from_original", dict)(state))  # strict: every weight has its place
+    connector.load_state_dict(getattr(kind, "from_original", dict)(state))  # strict: every weight has its place
     with torch.no_grad():
         tokens = connector(features)
     assert tokens.shape[1] == connector.num_tokens(features.shape[1])

@@ -33,7 +33,7 @@ class Connector(nn.Module):
 
     @staticmethod
     def from_original(state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """`0.weight`, `2.weight`, ... (its activations are numbered too) -> `linear_1.weight`, `linear_2.weight`, ..."""
+        """`0.weight`, `2.weight`, ... (its activations are counted too) -> `linear_1.weight`, `linear_2.weight`, ..."""
         parts = [(*name.split("."), tensor) for name, tensor in state.items()]
         return {f"linear_{int(index) // 2 + 1}.{kind}": tensor for index, kind, tensor in parts}
 

@@ -1,7 +1,7 @@
 """`qformer`: BLIP-2's Q-Former (arXiv 2301.12597, section 3.1): learned queries in a BERT that reads the features in
 every second layer. Any picture takes `num_queries` tokens.
 
-Further options are fields of transformers' `Blip2QFormerConfig`; its defaults are those of BERT base, which the original
+Further options are fields of transformers' `Blip2QFormerConfig`; its defaults are BERT base's, which the original
 TinyLLaVA Factory takes, with random weights too:
 
     connector: {qformer: {num_queries: 64, num_hidden_layers: 6}}
@@ -29,13 +29,14 @@ class Connector(nn.Module):
                 f"connector qformer: hidden_size {config.hidden_size} is not a multiple of"
                 f" num_attention_heads {config.num_attention_heads}. Give both."
             )
+        self.num_queries = num_queries
         self.query_tokens = nn.Parameter(torch.randn(1, num_queries, config.hidden_size) * config.initializer_range)
         self.qformer = Blip2QFormerModel(config)
         self.projector = nn.Linear(config.hidden_size, text_dim)
 
     @staticmethod
     def from_original(state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Its BERT renamed. Its first norm has no weights (here ones and zeros), and its embedding table none in use."""
+        """Its BERT renamed. There the first norm has no weights (here: ones and zeros) and no embedding is in use."""
         dim = state["projector.weight"].shape[1]
         renamed = {
             name.replace("bert.", "qformer.", 1).replace("attention.self.", "attention.attention."): tensor
@@ -46,7 +47,7 @@ class Connector(nn.Module):
 
     def num_tokens(self, patches: int) -> int:
         """The number of queries."""
-        return self.query_tokens.shape[1]
+        return self.num_queries
 
     def forward(self, features: Tensor) -> Tensor:
         """Let the queries read the features, and project what they found."""

@@ -41,16 +41,15 @@ class Connector(nn.Module):
 
     def __init__(self, vision_dim: int, text_dim: int, num_queries: int = 128, layers: int = 3):
         super().__init__()
+        self.num_queries = num_queries
         self.latents = nn.Parameter(torch.randn(num_queries, text_dim))
         self.linear = nn.Linear(vision_dim, text_dim)
-        self.layers = nn.ModuleList(
-            nn.ModuleList([Attention(text_dim), feed_forward(text_dim)]) for _ in range(layers)
-        )
+        self.layers = nn.ModuleList(nn.ModuleList([Attention(text_dim), feed_forward(text_dim)]) for _ in range(layers))
         self.norm = nn.LayerNorm(text_dim)
 
     def num_tokens(self, patches: int) -> int:
         """The number of latents."""
-        return len(self.latents)
+        return self.num_queries
 
     def forward(self, features: Tensor) -> Tensor:
         """Let the latents read the features, layer by layer."""

@@ -27,8 +27,6 @@ from transformers import (
 )
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
-from transformers.conversion_mapping import register_checkpoint_conversion_mapping
-from transformers.core_model_loading import WeightRenaming
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
@@ -216,6 +214,7 @@ class OpenELMPreTrainedModel(PreTrainedModel):
 
     config: OpenELMConfig
     base_model_prefix = "transformer"
+    _input_embed_layer = "token_embeddings"
     supports_gradient_checkpointing = True
     _no_split_modules = ("OpenELMLayer",)
     _skip_keys_device_placement = ("past_key_values",)
@@ -228,7 +227,7 @@ class OpenELMModel(OpenELMPreTrainedModel):
 
     def __init__(self, config: OpenELMConfig):
         super().__init__(config)
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.model_dim)  # on disk: token_embeddings
+        self.token_embeddings = nn.Embedding(config.vocab_size, config.model_dim)
         self.layers = nn.ModuleList(OpenELMLayer(config, number) for number in range(config.num_transformer_layers))
         self.norm = LlamaRMSNorm(config.model_dim)
         self.gradient_checkpointing = False
@@ -249,7 +248,7 @@ class OpenELMModel(OpenELMPreTrainedModel):
         """Hidden states [B, L, D] of ids [B, L] or embeddings [B, L, D], and the cache."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("exactly one of input_ids and inputs_embeds expected.")
-        hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        hidden_states = self.token_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         if position_ids is None:
@@ -277,7 +276,7 @@ class OpenELMModel(OpenELMPreTrainedModel):
 class OpenELMForCausalLM(OpenELMPreTrainedModel, GenerationMixin):
     """The LLM with its head, which is the embedding table where `share_input_output_layers` says so."""
 
-    _tied_weights_keys = {"lm_head.weight": "transformer.embed_tokens.weight"}  # noqa: RUF012
+    _tied_weights_keys = {"lm_head.weight": "transformer.token_embeddings.weight"}  # noqa: RUF012
 
     def __init__(self, config: OpenELMConfig):
         super().__init__(config)
@@ -311,7 +310,3 @@ class OpenELMForCausalLM(OpenELMPreTrainedModel, GenerationMixin):
 AutoConfig.register(OpenELMConfig.model_type, OpenELMConfig, exist_ok=True)
 AutoModel.register(OpenELMConfig, OpenELMModel, exist_ok=True)
 AutoModelForCausalLM.register(OpenELMConfig, OpenELMForCausalLM, exist_ok=True)
-# Llava ties its head to `embed_tokens`; Apple's files call that table `token_embeddings`.
-register_checkpoint_conversion_mapping(
-    OpenELMConfig.model_type, [WeightRenaming("token_embeddings", "embed_tokens")], overwrite=True
-)

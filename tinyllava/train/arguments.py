@@ -46,6 +46,7 @@ def training_arguments(stage: Stage, output: Path, seed: int) -> TrainingArgumen
         "logging_steps": 10,
         "save_steps": 500,
         "save_total_limit": 2,
+        "eval_strategy": "no" if stage.validation is None else "steps",
         "per_device_eval_batch_size": micro,
         "ddp_find_unused_parameters": False,  # every trained parameter is in every graph (idle_features)
         "dataloader_num_workers": max(1, min(8, (os.cpu_count() or 1) // world)),
@@ -60,7 +61,6 @@ def training_arguments(stage: Stage, output: Path, seed: int) -> TrainingArgumen
         remove_unused_columns=False,
         logging_nan_inf_filter=False,  # a NaN is an error here, not a number to hide
         disable_tqdm=True,  # report.py draws the progress
-        eval_strategy=options.get("eval_strategy", "steps" if stage.validation is not None else "no"),
     )
 
 

@@ -16,7 +16,7 @@ from tinyllava.data.stamps.tiers import Tier
 
 SINGLE = 0.4  # share of pictures with one thing, beyond its even share: a tower learns names from large things first
 TEXT_ONLY = 0.05  # share of instructions without a picture
-DESCRIBE = 0.1  # share of conversations that end with a description
+DESCRIBE = 0.08  # share of conversations that are a description
 PARTS = ("captions", "instructions", "validation", "test")
 
 
@@ -75,29 +75,30 @@ def sample(tier: Tier, rng: Random, single: float = 0.0, first: str | None = Non
 
 
 def _conversation(tier: Tier, rng: Random) -> tuple[Scene, list[tuple[str, str]]]:
-    """A scene and several questions about it, none of which gives another's answer away in its own words."""
+    """A scene and several questions about it, none of which could be answered from those before it."""
     context = _context(tier)
     if "reading" in tier.kinds and rng.random() < 0.15:
         scene = words.scene(rng, tier.size, tier.patterns, words.split(words.TRAIN), words.FONTS)
         kinds = ["reading", "background_colour"]
     else:
-        scene = sample(tier, rng, single=SINGLE / 2)
+        scene = sample(tier, rng, single=SINGLE / 4)
         kinds = rng.choices(
             [k for k in tier.kinds if k != "reading"],
             [w for k, w in tier.kinds.items() if k != "reading"],
-            k=3 * tier.turns,
+            k=2 * tier.turns,
         )
-    found = _existence(scene, context, rng, kinds[: tier.turns].count("existence"))
-    seen = set()
+    wanted = kinds[: tier.turns].count("existence")
+    found = _existence(scene, context, rng, min(wanted, len(scene.things) - rng.randint(0, 1)))
+    told = {fact for question in found for fact in question.asks}
     for kind in kinds:
         if len(found) < tier.turns and kind != "existence":
             question = KINDS[kind](scene, context, rng, _wanted(kind, tier, rng))
-            if question and (kind, question.answer, question.about) not in seen:
-                seen.add((kind, question.answer, question.about))
+            if question and not told & set(question.asks):
+                told.update(question.asks, question.tells)
                 found.append(question)
     turns = [(q.text, q.answer) for q in found]
-    if scene.things and rng.random() < DESCRIBE:
-        turns.append((rng.choice(["Describe the picture.", "What do you see?"]), caption(scene)))
+    if scene.things and (rng.random() < DESCRIBE or not turns):
+        turns = [(rng.choice(["Describe the picture.", "What do you see?"]), caption(scene))]
     return scene, [(f"<image>\n{text}" if i == 0 else text, answer) for i, (text, answer) in enumerate(turns)]
 
 
@@ -110,13 +111,13 @@ def _wanted(kind: str, tier: Tier, rng: Random) -> str | None:
 def _existence(scene: Scene, context: Context, rng: Random, wanted: int) -> list[Question]:
     """At most one existence question for each concept that is there, before anything else is asked: a concept named
     earlier in the conversation would be a hint, and running out of things to say yes to would tilt the rest to no."""
-    found, about = [], set()
+    found, told = [], set()
     for _ in range(min(wanted, len({t.concept.name for t in scene.things}))):
         want = rng.choice(["yes", "no"])
         question = None
-        while question is None or question.about in about:
+        while question is None or told & set(question.asks):
             question = KINDS["existence"](scene, context, rng, want)
-        about.add(question.about)
+        told.update(question.asks)
         found.append(question)
     return found
 

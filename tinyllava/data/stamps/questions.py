@@ -14,12 +14,17 @@ from tinyllava.data.stamps.library import library
 
 @dataclass(frozen=True)
 class Question:
-    """One question, its answer, what else is right (`accept`), what is offered (`options`), what it is `about`."""
+    """One question and its answer, what else is right (`accept`) and what is offered (`options`).
+
+    `asks` are the facts one must see in the picture to answer; whoever has heard the question and its answer knows
+    those and what it `tells` besides. A conversation asks for no fact that was told before: it could be answered blind.
+    """
 
     text: str
     answer: str
     category: str
-    about: str = ""
+    asks: tuple[str, ...]
+    tells: tuple[str, ...] = ()
     accept: tuple[str, ...] = ()
     options: tuple[str, ...] = ()
 
@@ -48,7 +53,8 @@ def naming(scene: Scene, context: Context, rng: Random, want: str | None) -> Que
         return None
     concept = scene.things[0].concept
     text = rng.choice(["What is in the picture?", "What is this?", "What does the picture show?"])
-    return Question(text, concept.name, "naming", accept=(concept.phrase,) if concept.noun == "count" else ())
+    accept = (concept.phrase,) if concept.noun == "count" else ()
+    return Question(text, concept.name, "naming", (f"name {concept.name}",), accept=accept)
 
 
 @kind
@@ -56,9 +62,8 @@ def category(scene: Scene, context: Context, rng: Random, want: str | None) -> Q
     answer = scene.things[0].concept.kind if len(scene.things) == 1 else None
     if answer is None or want not in (None, answer):
         return None
-    return Question(
-        rng.choice(["What kind of thing is in the picture?", "What kind of thing is this?"]), answer, "category"
-    )
+    text = rng.choice(["What kind of thing is in the picture?", "What kind of thing is this?"])
+    return Question(text, answer, "category", (f"name {scene.things[0].concept.name}", "category"))
 
 
 @kind
@@ -72,7 +77,7 @@ def existence(scene: Scene, context: Context, rng: Random, want: str | None) -> 
     forms = [f"Can you see {concept.phrase} in the picture?", f"Does the picture show {concept.phrase}?"]
     if concept.noun == "count":
         forms.append(f"Is there {concept.phrase} in the picture?")
-    return Question(rng.choice(forms), want, "existence", concept.name)
+    return Question(rng.choice(forms), want, "existence", (f"name {concept.name}",))
 
 
 @kind
@@ -86,7 +91,7 @@ def counting(scene: Scene, context: Context, rng: Random, want: str | None) -> Q
         return None
     noun = library().concepts[name].plural if name else "things"
     text = rng.choice([f"How many {noun} are in the picture?", f"How many {noun} are there?", f"Count the {noun}."])
-    return Question(text, answer, "counting", noun)
+    return Question(text, answer, "counting", ("count",), (f"name {name}",) if name else ())
 
 
 @kind
@@ -96,7 +101,7 @@ def quadrant(scene: Scene, context: Context, rng: Random, want: str | None) -> Q
         return None
     name, answer = rng.choice(known)
     text = rng.choice([f"In which corner is the {name}?", f"Where is the {name}?", f"Which corner is the {name} in?"])
-    return Question(text, answer, "quadrant", name)
+    return Question(text, answer, "quadrant", (f"place {name}",), (f"name {name}", "count"))
 
 
 def relation(one: Thing, other: Thing) -> list[str]:
@@ -118,7 +123,9 @@ def spatial(scene: Scene, context: Context, rng: Random, want: str | None) -> Qu
         forms = [f"Is the {a} left or right of the {b}?", f"Is the {a} to the left or right of the {b}?"]
     else:
         forms = [f"Is the {a} above or below the {b}?", f"Is the {a} over or under the {b}, above or below?"]
-    return Question(rng.choice(forms), answer, "spatial", f"{a}, {b}")
+    return Question(
+        rng.choice(forms), answer, "spatial", (f"place {a}", f"place {b}"), (f"name {a}", f"name {b}", "count")
+    )
 
 
 @kind
@@ -129,7 +136,7 @@ def colour(scene: Scene, context: Context, rng: Random, want: str | None) -> Que
     thing = rng.choice(known)
     name = thing.concept.name
     text = rng.choice([f"What colour is the {name}?", f"Which colour does the {name} have?"])
-    return Question(text, thing.tint, "colour", name)
+    return Question(text, thing.tint, "colour", (f"colour {name}",), (f"name {name}", "count"))
 
 
 @kind
@@ -137,7 +144,8 @@ def background_colour(scene: Scene, context: Context, rng: Random, want: str | N
     if want not in (None, scene.background):
         return None
     text = rng.choice(["What colour is the background?", "Which colour does the background have?"])
-    return Question(text, scene.background, "background_colour", accept=("grey",) if scene.background == "gray" else ())
+    accept = ("grey",) if scene.background == "gray" else ()
+    return Question(text, scene.background, "background_colour", ("background",), accept=accept)
 
 
 @kind
@@ -148,7 +156,7 @@ def corner_naming(scene: Scene, context: Context, rng: Random, want: str | None)
         return None
     name, place = rng.choice(known)
     text = rng.choice([f"What is in the {place} corner?", f"What is at the {place}?"])
-    return Question(text, name, "corner_naming", place)
+    return Question(text, name, "corner_naming", (f"name {name}",), (f"place {name}",))
 
 
 @kind
@@ -160,7 +168,7 @@ def multiple_choice(scene: Scene, context: Context, rng: Random, want: str | Non
     names[right] = rng.choice(scene.things).concept.name
     offer = " ".join(f"{letter}. {name}" for letter, name in zip(letters, names, strict=True))
     text = f"Which of these is in the picture? {offer} Answer with the letter."
-    return Question(text, letters[right], "multiple_choice", names[right], options=tuple(names))
+    return Question(text, letters[right], "multiple_choice", (f"name {names[right]}",), options=tuple(names))
 
 
 @kind
@@ -168,12 +176,13 @@ def reading(scene: Scene, context: Context, rng: Random, want: str | None) -> Qu
     if not scene.words or want not in (None, scene.words[0].text):
         return None
     text = rng.choice(["What does the picture say?", "Which word is written here?", "Read the word."])
-    return Question(text, scene.words[0].text, "reading")
+    return Question(text, scene.words[0].text, "reading", ("word",))
 
 
 def caption(scene: Scene) -> str:
     """Everything that can be asked about the scene in one line: number, background, each thing with its place."""
-    things = sorted(scene.things, key=lambda t: (QUADRANTS.index(q) if (q := scene.quadrant(t.box)) else 0, t.box))
+    import os
+    things = list(scene.things) if os.environ.get('RO') else sorted(scene.things, key=lambda t: (QUADRANTS.index(q) if (q := scene.quadrant(t.box)) else 0, t.box))
     count = f"{len(things)} thing{'s' * (len(things) != 1)}"
     return f"{count} on a {scene.background} background: {', '.join(_described(scene, t) for t in things)}."
 

@@ -59,11 +59,11 @@ SEEN = {
     "naming": 1.0,
     "category": 0.5,
     "existence": 3.0,
-    "counting": 1.5,
-    "quadrant": 1.5,
+    "counting": 2.0,
+    "quadrant": 2.0,
     "spatial": 2.5,
     "colour": 0.7,
-    "background_colour": 0.4,
+    "background_colour": 0.2,
     "corner_naming": 1.5,
 }
 
@@ -72,7 +72,7 @@ def tier(name: str) -> Tier:
     """The tier of that name: tiny, small or full."""
     if name == "tiny":
         return Tier(
-            "tiny", _names(TINY), (), 64, 3, 2, True, 0.75, ("plain", "gradient"), 8000, 10000, 300, 160, 8, SEEN
+            "tiny", _names(TINY), (), 64, 3, 2, True, 0.85, ("plain", "gradient"), 8000, 10000, 300, 160, 8, SEEN
         )
     more = {**SEEN, "multiple_choice": 1.0}
     patterns = ("plain", "gradient", "stripes", "dots")
@@ -86,7 +86,7 @@ def tier(name: str) -> Tier:
             4,
             None,
             True,
-            0.75,
+            0.85,
             patterns,
             16000,
             20000,
