@@ -7,7 +7,7 @@
 Importing this loads nothing heavy: torch and transformers come with the first `load`.
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tinyllava.infer import Session
@@ -20,11 +20,13 @@ def load(
     device: str | None = None,
     dtype: str | None = None,
     attn_implementation: str | None = None,
+    **lacking: Any,
 ) -> "Session":
     """A checkpoint to talk to: a checkpoint's directory, a stage's, or a whole run's. See `tinyllava.infer.Session`.
 
-    Raises UserError when there is no whole checkpoint at `path`.
+    Released checkpoints of the original TinyLLaVA Factory are read too. lacking: what such a one does not carry, such
+    as template="phi" (all of it: `tinyllava.model.legacy.read`). Raises UserError when there is no whole checkpoint.
     """
     from tinyllava.infer import Session
 
-    return Session.load(path, device=device, dtype=dtype, attn_implementation=attn_implementation)
+    return Session.load(path, device=device, dtype=dtype, attn_implementation=attn_implementation, **lacking)

@@ -21,7 +21,16 @@ from typing import Annotated, Any, Literal, get_args, get_type_hints
 import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from tinyllava.errors import UserError
 from tinyllava.factory import Factory, nearest
@@ -45,6 +54,8 @@ def _one_of(kind: str) -> BeforeValidator:
     """`connector: mlp` is short for `connector: {mlp: {}}`: one name of `kind` and its options."""
 
     def validate(value: Any) -> Any:
+        if value is None:  # a model that starts from a checkpoint has no connector of its own
+            return None
         if isinstance(value, str):
             value = {value: {}}
         if not isinstance(value, dict) or len(value) != 1:
@@ -166,6 +177,12 @@ class Stage(Strict):
     on_bad_sample: Literal["error", "skip"] = "error"
     max_length: int | None = Field(None, gt=0)
     trainer: dict[str, Any] = {}
+
+    @field_validator("trainer")
+    @classmethod
+    def _no_is_a_word(cls, trainer: dict[str, Any]) -> dict[str, Any]:
+        """`save_strategy: no` is what people write, and YAML reads False."""
+        return {key: "no" if key.endswith("_strategy") and value is False else value for key, value in trainer.items()}
 
 
 class Recipe(Strict):

@@ -94,11 +94,13 @@ class Session:
         self.reader = Reader.of(model, self.tokenizer, template)
         pad_id = self.tokenizer.pad_token_id
         self.pad_id = min(self.reader.end_ids, default=0) if pad_id is None else pad_id
+        had = model.generation_config.suppress_tokens == []  # legacy.py: the original had this row, and could answer it
+        never = [] if had else [model.config.image_token_id]
         # All else that the LLM's own generation config says is dropped: Qwen2's samples, and penalises repetition.
         model.generation_config = GenerationConfig(
             eos_token_id=sorted(self.reader.end_ids) or None,
             pad_token_id=self.pad_id,
-            suppress_tokens=[model.config.image_token_id],
+            suppress_tokens=never,
         )
         self._features: OrderedDict[ImageKey, Tensor] = OrderedDict()  # [T, D] each, the least recently used first
         self._busy = threading.Lock()  # streams are threads, and the tower's early stop hooks into a shared module
@@ -110,11 +112,13 @@ class Session:
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
         attn_implementation: str | None = None,
+        **lacking: Any,
     ) -> "Session":
         """Load the checkpoint at `path` (see `find_checkpoint`).
 
         device: the accelerator if there is one. dtype: float32, bfloat16, float16 or auto (as saved); by default auto
-        on an accelerator, and float32 on a CPU, where bfloat16 takes four times as long.
+        on an accelerator, and float32 on a CPU, where bfloat16 takes four times as long. lacking: what a checkpoint of
+        the original TinyLLaVA Factory does not carry, such as `template` (see `model.legacy.read`).
         """
         directory = find_checkpoint(path)
         device = _device(device)
@@ -124,7 +128,7 @@ class Session:
                 raise UserError(f"unknown dtype '{dtype}'. Known: {', '.join(DTYPES)}.")
             dtype = DTYPES[dtype]
         try:
-            model, processor, template, record = checkpoint.load(directory, dtype, attn_implementation)
+            model, processor, template, record = checkpoint.load(directory, dtype, attn_implementation, **lacking)
         except (ImportError, ValueError) as error:
             if attn_implementation is None:
                 raise

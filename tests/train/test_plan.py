@@ -37,12 +37,23 @@ def test_epochs_differ_and_repeat_with_the_seed() -> None:
     assert list(plan.epoch(0)) != list(Plan(LENGTHS, 32, 8, seed=2).epoch(0))
 
 
+def padding_of_random_batches(size: int) -> float:
+    lengths = LENGTHS[np.random.default_rng(0).permutation(len(LENGTHS))]
+    chunks = [lengths[start : start + size] for start in range(0, len(lengths), size)]
+    return 1 - sum(map(np.sum, chunks)) / sum(chunk.max() * len(chunk) for chunk in chunks)
+
+
 def test_similar_lengths_share_a_micro_batch() -> None:
-    grouped = Plan(LENGTHS, 64, 8, seed=0)
-    lengths = LENGTHS[grouped.permutation(0)]
-    chunks = [lengths[start : start + 8] for start in range(0, len(lengths), 8)]
-    random = 1 - sum(map(np.sum, chunks)) / sum(chunk.max() * len(chunk) for chunk in chunks)
-    assert grouped.padding() < random / 3
+    plan = Plan(LENGTHS, 64, 8, seed=0)
+    assert plan.padding() < padding_of_random_batches(8) / 3
+
+
+def test_small_steps_trade_samples_of_similar_length() -> None:
+    plan = Plan(LENGTHS, 16, 16, seed=0)
+    assert sorted(plan.permutation(0)) == list(range(len(LENGTHS)))
+    assert plan.padding() < padding_of_random_batches(16) / 3
+    means = [LENGTHS[plan.step(0, step)].mean() for step in range(plan.steps_per_epoch)]
+    assert means != sorted(means)  # but steps do not come in order of length
 
 
 def test_ranks_carry_about_the_same_cost() -> None:

@@ -8,7 +8,7 @@ hidden state is found by comparing logits, never believed from a list of names.
 
 import copy
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from typing import Any
 
@@ -29,7 +29,7 @@ from tinyllava.data.template import Template, add_image_token
 from tinyllava.errors import UserError
 from tinyllava.factory import Factory
 from tinyllava.model.modeling import TinyLlavaConfig, TinyLlavaForConditionalGeneration
-from tinyllava.model.parts import fit_vocabulary, hub_answers, load_part, load_tokenizer, part_config
+from tinyllava.model.parts import fit_vocabulary, hub_answers, load_part, load_tokenizer, part_config, tower_names
 from tinyllava.model.processor import TinyLlavaProcessor, build_processor, image_processor
 
 logger = logging.getLogger("tinyllava")
@@ -65,10 +65,15 @@ def build(
             llm.resize_token_embeddings(len(tokenizer), mean_resizing=not empty)
     fields, image_size = tower_images(spec.vision_tower, tower.config)
     patches_only = spec.vision_tower.feature_strategy == "patch" and family.prefix_tokens(tower.config) > 0
+    connector = copy.deepcopy(spec.connector)
+    if tower.config.model_type == "mof" and "mof_mlp" in connector:  # which cannot see where a tower's channels end
+        layers = spec.vision_tower.feature_layer
+        width = tower.config.first.hidden_size * (1 if isinstance(layers, int) else len(layers))
+        connector["mof_mlp"].setdefault("first_dim", width)
     config = TinyLlavaConfig(
         vision_config=copy.deepcopy(tower.config),
         text_config=copy.deepcopy(llm.config),
-        connector=spec.connector,
+        connector=connector,
         prefix_tokens=family.prefix_tokens(tower.config),
         image_size=image_size,
         image_mean=list(fields["image_mean"]),
@@ -133,17 +138,22 @@ def default_template(config: PreTrainedConfig) -> str:
 
 def tower_images(spec: VisionTowerSpec, config: PreTrainedConfig) -> tuple[dict, int]:
     """Fields of the image processor, from the tower's own where it has one, and the side of the picture it makes."""
-    fields = dict(tower_family(config).image_processor(config))
+    own: dict[str, Any] = {}
     if spec.name is not None:
+        name = tower_names(spec.name)[0]
         try:
-            own = AutoImageProcessor.from_pretrained(
-                spec.name, backend="pil", local_files_only=not hub_answers()
-            ).to_dict()
+            own = AutoImageProcessor.from_pretrained(name, backend="pil", local_files_only=not hub_answers()).to_dict()
         except OSError:
-            logger.info("%s has no image processor of its own: using the family's settings", spec.name)
-        else:
-            names = ("size", "crop_size", "do_center_crop", "image_mean", "image_std", "resample")
-            fields |= {name: own[name] for name in names if own.get(name) is not None}
+            logger.info("%s has no image processor of its own: using the family's settings", name)
+    return image_fields(config, own)
+
+
+def image_fields(config: PreTrainedConfig, own: Mapping[str, Any]) -> tuple[dict, int]:
+    """The family's image processor with the fields of a Hugging Face one over it, and the side of the picture."""
+    names = ("size", "crop_size", "do_center_crop", "image_mean", "image_std", "resample")
+    fields = tower_family(config).image_processor(config) | {
+        name: own[name] for name in names if own.get(name) is not None
+    }
     cropped = fields.get("do_center_crop") and fields.get("crop_size")
     side = (fields["crop_size"] if cropped else fields["size"]).get("height", config.image_size)
     return fields, side

@@ -30,8 +30,10 @@ from transformers.utils import logging as transformers_logging
 from tinyllava.data.template import Template
 from tinyllava.errors import UserError
 from tinyllava.factory import Factory
+from tinyllava.model import legacy
 from tinyllava.model.adapter import ADAPTER, has_adapter, replace_module, write_adapter
 from tinyllava.model.layout import PREFIXES, plain_config, published_name, published_state, why_not_plain
+from tinyllava.model.legacy_weights import some
 from tinyllava.model.modeling import TinyLlavaConfig, TinyLlavaForConditionalGeneration
 from tinyllava.model.processor import TinyLlavaProcessor, build_processor
 
@@ -190,13 +192,18 @@ def read_record(directory: Path) -> dict[str, Any] | None:
 
 
 def load(
-    directory: Path, dtype: torch.dtype | str = "auto", attn_implementation: str | None = None
+    directory: Path, dtype: torch.dtype | str = "auto", attn_implementation: str | None = None, **lacking: Any
 ) -> tuple[TinyLlavaForConditionalGeneration, TinyLlavaProcessor, Template, dict[str, Any]]:
     """Model (adapter included, on the CPU, in eval mode), processor, template and record of a checkpoint directory.
 
-    Reads what `save` wrote and checkpoints in `llava-hf` layout. Raises UserError when files or weights are missing.
+    Reads what `save` wrote, checkpoints in `llava-hf` layout and, with what those are `lacking` (see `legacy.read`),
+    the original TinyLLaVA Factory's. Raises UserError when files or weights are missing.
     """
     directory = Path(directory)
+    if legacy.is_legacy(directory):
+        return _load_legacy(directory, dtype, attn_implementation, lacking)
+    if lacking:
+        raise UserError(f"{directory} carries its own {', '.join(lacking)}: these are for checkpoints of the original.")
     record = read_record(directory) or {}
     config = AutoConfig.from_pretrained(directory)
     if config.model_type not in {"llava", TinyLlavaConfig.model_type}:
@@ -204,18 +211,7 @@ def load(
     plain_processor = LlavaProcessor.from_pretrained(directory, backend="pil")
     if config.model_type == "llava":
         config = _from_plain(config, plain_processor, record)
-    kwargs = {"attn_implementation": attn_implementation} if attn_implementation else {}
-    with _quiet():
-        model, info = TinyLlavaForConditionalGeneration.from_pretrained(
-            directory, config=config, dtype=dtype, output_loading_info=True, **kwargs
-        )
-    extra = {name for name in info["unexpected_keys"] if "multi_modal_projector.linear_" not in name}
-    if info["missing_keys"] or extra or info["mismatched_keys"]:
-        wrong = sorted([*info["missing_keys"], *extra])[:3]
-        raise UserError(
-            f"{directory} does not fit its own config: {len(info['missing_keys'])} weights missing,"
-            f" {len(extra)} unexpected, {len(info['mismatched_keys'])} of another shape (first: {', '.join(wrong)})."
-        )
+    model = _load_model(directory, config, dtype, attn_implementation)
     for name, module in list(model.named_modules()):
         if isinstance(module, ModulesToSaveWrapper):  # the connector inside an adapter: the same weights as in the base
             replace_module(model, name, module.modules_to_save["default"])
@@ -227,6 +223,58 @@ def load(
         config.image_seq_length,
     )
     return model.eval(), processor, _template_of(record), record
+
+
+def _load_legacy(
+    directory: Path, dtype: torch.dtype | str, attn_implementation: str | None, lacking: Mapping[str, Any]
+) -> tuple[TinyLlavaForConditionalGeneration, TinyLlavaProcessor, Template, dict[str, Any]]:
+    old = legacy.read(directory, **lacking)
+    model = _load_model(directory, old.config, dtype, attn_implementation, old.state)
+    model.generation_config = old.generation
+    tokens = model.model.multi_modal_projector.num_tokens(old.config.num_patches)
+    model.config.image_seq_length = tokens
+    chat_template = old.template.chat_template(old.tokenizer)
+    return (
+        model.eval(),
+        build_processor(model.config, old.images, old.tokenizer, chat_template, tokens),
+        old.template,
+        {},
+    )
+
+
+def _load_model(
+    directory: Path,
+    config: TinyLlavaConfig,
+    dtype: torch.dtype | str,
+    attn_implementation: str | None,
+    state: dict[str, Tensor] | None = None,
+) -> TinyLlavaForConditionalGeneration:
+    """The model with the weights in `directory`, or those given. Raises UserError unless they are exactly its own."""
+    kwargs = {"attn_implementation": attn_implementation} if attn_implementation else {}
+    with _quiet():
+        model, info = TinyLlavaForConditionalGeneration.from_pretrained(
+            directory if state is None else None,
+            config=config,
+            dtype=dtype,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # refused below, with all else that is wrong
+            **({} if state is None else {"state_dict": state}),
+            **kwargs,
+        )
+    unexpected = info["unexpected_keys"]
+    if state is None:  # the connector of an adapter, or the identities that a plain checkpoint has for a linear one
+        unexpected = {name for name in unexpected if "multi_modal_projector.linear_" not in name}
+    mismatched = {name for name, *_ in info["mismatched_keys"]}
+    wrong = {"missing": info["missing_keys"], "unexpected": unexpected, "of another shape": mismatched}
+    if any(wrong.values()):
+        listed = "; ".join(
+            f"{len(names)} {kind} ({some(published_name(model, name) for name in names)})"
+            for kind, names in wrong.items()
+            if names
+        )
+        remedy = "Copy it again." if state is None else "Copy it again, or give the configs that it does not carry."
+        raise UserError(f"{directory} does not fit its own config: weights {listed}. {remedy}")
+    return model
 
 
 def restore(model: TinyLlavaForConditionalGeneration, directory: Path) -> None:
@@ -257,9 +305,11 @@ def _from_plain(config: LlavaConfig, processor: LlavaProcessor, record: Mapping[
     fields = config.to_dict()
     fields.pop("model_type", None)
     family = config.vision_config.model_type.removesuffix("_vision_model")
+    prefix = Factory("vision_towers").get(family).prefix_tokens(config.vision_config)
     implied = {
         "connector": {"mlp": {"layers": 2, "act": config.projector_hidden_act}},
-        "prefix_tokens": Factory("vision_towers").get(family).prefix_tokens(config.vision_config),
+        "prefix_tokens": prefix,
+        "drop_first_patch": prefix == 0,  # "default" drops one token whatever it is
         "image_size": processor.image_processor.crop_size["height"],
         "image_mean": list(processor.image_processor.image_mean),
         "image_std": list(processor.image_processor.image_std),

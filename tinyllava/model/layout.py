@@ -25,8 +25,10 @@ def why_not_plain(model: TinyLlavaForConditionalGeneration) -> str | None:
             return f"transformers has no {part.model_type}"
     if config.head_bias or config.head_scale != 1.0 or config.head_softcap is not None:
         return "the LLM's output head has a bias, a scale or a soft cap, which Llava's has not"
-    if config.vision_feature_select_strategy == "default" and config.prefix_tokens != 1:
-        return f"the tower has {config.prefix_tokens} prefix tokens, and Llava drops exactly one"
+    if config.image_scale != 1.0:
+        return "image tokens are scaled, as the original's Gemma did, and Llava's are not"
+    if config.vision_feature_select_strategy == "default" and config.dropped_tokens != 1:
+        return f"{config.dropped_tokens} of the tower's leading tokens are dropped, and Llava drops exactly one"
     if config.tie_word_embeddings and model.embeddings_name() != "embed_tokens":
         return "Llava ties its head to `embed_tokens`, which this LLM calls otherwise"
     if config.image_size != config.vision_config.image_size and config.vision_config.model_type in NESTED_TOWERS:
@@ -58,8 +60,8 @@ def published_name(model: TinyLlavaForConditionalGeneration, name: str) -> str:
         "model.language_model.": "language_model.model.",
         "lm_head.": "language_model.lm_head.",
     }
-    old = next(prefix for prefix in renames if name.startswith(prefix))
-    return renames[old] + name.removeprefix(old).replace(".base_layer.", ".")
+    old = next((prefix for prefix in renames if name.startswith(prefix)), "")
+    return renames.get(old, "") + name.removeprefix(old).replace(".base_layer.", ".")
 
 
 def published_state(model: TinyLlavaForConditionalGeneration, state: Mapping[str, Tensor]) -> dict[str, Tensor]:

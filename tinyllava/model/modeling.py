@@ -23,20 +23,19 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast, LlavaModel, LlavaPreTrainedModel
 
 from tinyllava.factory import Factory
+from tinyllava.vision_towers import size_options
 
 IGNORE = -100
-LOSS_CHUNK = (
-    4096  # supervised positions whose logits exist at once: 4096 x 256k x 4 bytes = 4 GB for Gemma's vocabulary
-)
+# Supervised positions whose logits exist at once: 4096 x 256k x 4 bytes = 4 GB for Gemma's vocabulary.
+LOSS_CHUNK = 4096
 
 
 @strict
 class TinyLlavaConfig(LlavaConfig):
     """Llava's config and what Llava has no place for."""
 
-    model_type = (
-        "tiny_llava"  # the original's own checkpoints say "tinyllava": those are read by key mapping, not by this class
-    )
+    # The original's own checkpoints say "tinyllava": those are read by key mapping (legacy.py), not by this class.
+    model_type = "tiny_llava"
 
     connector: dict | None = None  # {name: options}
     prefix_tokens: int = 1  # CLS and registers before the tower's patches; dropped when the strategy is "default"
@@ -46,9 +45,13 @@ class TinyLlavaConfig(LlavaConfig):
     image_mean: list[float] | None = None
     image_std: list[float] | None = None
 
-    image_size: int = (
-        336  # pixels a side after preprocessing; a tower with interpolated positions may differ from its config
-    )
+    # Pixels a side after preprocessing; a tower with interpolated positions may differ from its config.
+    image_size: int = 336
+
+    # What the original TinyLLaVA Factory did, for its checkpoints (legacy.py):
+    drop_first_patch: bool = False  # it took the first patch of a tower without CLS for one: 728 of SigLIP's 729
+    image_scale: float = 1.0  # Gemma scaled all that came into it, image tokens too: by the root of its width
+    head_rows: int | None = None  # rows of its head, when <image> got one of its own beyond them: no part of any answer
 
     @staticmethod
     def own_fields() -> tuple[str, ...]:
@@ -59,7 +62,12 @@ class TinyLlavaConfig(LlavaConfig):
     def num_patches(self) -> int:
         """Features an image gives the connector."""
         patches = (self.image_size // self.vision_config.patch_size) ** 2
-        return patches + (self.prefix_tokens if self.vision_feature_select_strategy == "full" else 0)
+        return patches + self.prefix_tokens - self.dropped_tokens
+
+    @property
+    def dropped_tokens(self) -> int:
+        """Leading tokens of the tower that the connector never sees."""
+        return self.prefix_tokens + self.drop_first_patch if self.vision_feature_select_strategy == "default" else 0
 
 
 def find_blocks(module: nn.Module) -> list[str]:
@@ -94,6 +102,27 @@ def _stop_before(block: nn.Module, found: list[Tensor]) -> Iterator[None]:
         handle.remove()
 
 
+def states_at(tower: nn.Module, pixel_values: Tensor, indices: list[int], whole: bool) -> list[Tensor]:
+    """Hidden states `indices` of a tower (0: embeddings, k: output of layer k): [I, 3, H, W] -> [I, N, Dv] each.
+
+    Unless `whole`, nothing above a single one is run. A mixture gives one: its towers' patches, joined on channels.
+    """
+    if hasattr(tower, "members"):
+        features = [
+            torch.cat([state[:, prefix:] for state in states_at(member, pixels, own, whole)], dim=-1)
+            for member, pixels, own, prefix in tower.members(pixel_values, indices)
+        ]
+        return [torch.cat(features, dim=-1)]
+    options = size_options(tower.config, pixel_values)
+    if not whole and len(indices) == 1 and indices[0] < tower.config.num_hidden_layers:
+        found: list[Tensor] = []
+        with _stop_before(tower.get_submodule(find_blocks(tower)[indices[0]]), found):
+            tower(pixel_values, **options)
+        return found
+    hidden_states = tower(pixel_values, output_hidden_states=True, **options).hidden_states
+    return [hidden_states[index] for index in indices]
+
+
 class TinyLlavaModel(LlavaModel):
     """Vision tower, connector (under Llava's name, multi_modal_projector) and language model without its head."""
 
@@ -119,8 +148,8 @@ class TinyLlavaModel(LlavaModel):
         with torch.device("meta"):
             twin = AutoModel.from_config(copy.deepcopy(self.config.vision_config))
             pixels = torch.zeros(1, 3, self.config.image_size, self.config.image_size)
-        extra = {"interpolate_pos_encoding": True} if self._interpolates(pixels) else {}
-        states = twin(pixels, output_hidden_states=True, **extra).hidden_states
+        options = size_options(self.config.vision_config, pixels)
+        states = twin(pixels, output_hidden_states=True, **options).hidden_states
         sum(states[index].sum() for index in self._layer_indices()).backward()
         return {name for name, parameter in twin.named_parameters() if parameter.grad is not None}
 
@@ -139,31 +168,15 @@ class TinyLlavaModel(LlavaModel):
             pixel_values = (pixel_values.float() / 255 - mean) / std
         pixel_values = pixel_values.to(parameter.dtype)
         trained = torch.is_grad_enabled() and any(p.requires_grad for p in self.vision_tower.parameters())
-        extra = {"interpolate_pos_encoding": True} if self._interpolates(pixel_values) else {}
-        indices = self._layer_indices()
         with nullcontext() if trained else torch.no_grad():
-            if not trained and len(indices) == 1 and indices[0] < self.config.vision_config.num_hidden_layers:
-                found: list[Tensor] = []
-                block = self.vision_tower.get_submodule(find_blocks(self.vision_tower)[indices[0]])
-                with _stop_before(block, found):
-                    self.vision_tower(pixel_values, **extra)
-                hidden_states = {indices[0]: found[0]}
-            else:
-                hidden_states = self.vision_tower(pixel_values, output_hidden_states=True, **extra).hidden_states
-        first = self.config.prefix_tokens if self.config.vision_feature_select_strategy == "default" else 0
-        return torch.cat([hidden_states[index][:, first:] for index in indices], dim=-1)
-
-    def _interpolates(self, pixel_values: Tensor) -> bool:
-        """Whether the pictures are not of the size that a tower with an explicit switch for that was made for."""
-        config = self.config.vision_config
-        return pixel_values.shape[-1] != config.image_size and config.model_type in {
-            "clip_vision_model",
-            "siglip_vision_model",
-        }
+            states = states_at(self.vision_tower, pixel_values, self._layer_indices(), whole=trained)
+        return torch.cat([state[:, self.config.dropped_tokens :] for state in states], dim=-1)
 
     def get_image_features(self, pixel_values: Tensor, **kwargs: object) -> BaseModelOutputWithPooling:
         """Image tokens in the LLM's space as `pooler_output`: a tuple of I tensors [T, D]."""
         tokens = self.multi_modal_projector(self.tower_features(pixel_values))
+        if self.config.image_scale != 1.0:
+            tokens = tokens * self.config.image_scale
         return BaseModelOutputWithPooling(pooler_output=tuple(tokens))
 
     def idle_features(self) -> Tensor:
@@ -222,6 +235,8 @@ class TinyLlavaForConditionalGeneration(LlavaForConditionalGeneration):
             logits = logits * self.config.head_scale
         if self.config.head_softcap is not None:
             logits = torch.tanh(logits / self.config.head_softcap) * self.config.head_softcap
+        if self.config.head_rows is not None:
+            logits[..., self.config.head_rows :] = -torch.inf
         return logits
 
     def forward(
@@ -282,8 +297,9 @@ class TinyLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         return total / (targets.numel() if num_items is None else num_items)
 
 
-for _name in Factory("llms").names():  # an LLM that transformers lacks registers itself when its file is imported
-    Factory("llms").get(_name)
+for _kind in (Factory("llms"), Factory("vision_towers")):  # what transformers lacks registers itself on import
+    for _name in _kind.names():
+        _kind.get(_name)
 AutoConfig.register(TinyLlavaConfig.model_type, TinyLlavaConfig)
 AutoModelForImageTextToText.register(TinyLlavaConfig, TinyLlavaForConditionalGeneration)
 # Checkpoints carry the published llava names (`language_model.model.*`, `vision_tower.vision_model.*`) in both classes.

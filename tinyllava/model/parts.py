@@ -31,8 +31,19 @@ def part_config(part: str, spec: LLMSpec | VisionTowerSpec) -> PreTrainedConfig:
     """The transformers config of a part: of a whole CLIP or SigLIP, its vision half."""
     if spec.config is not None:
         return config_of(part, spec.config)
-    config = found(part, spec.name, AutoConfig.from_pretrained)
-    return getattr(config, "vision_config", config) if part == "vision_tower" else config
+    if part == "llm":
+        return found(part, spec.name, AutoConfig.from_pretrained)
+    towers = [found(part, name, AutoConfig.from_pretrained) for name in tower_names(spec.name)]
+    towers = [getattr(tower, "vision_config", tower) for tower in towers]
+    return towers[0] if len(towers) == 1 else AutoConfig.for_model("mof", first=towers[0], second=towers[1])
+
+
+def tower_names(name: str) -> list[str]:
+    """`mof:A+B` names two towers, anything else one. Raises UserError for a mixture of another number."""
+    names = name.removeprefix("mof:").split("+") if name.startswith("mof:") else [name]
+    if name.startswith("mof:") and (len(names) != 2 or not all(names)):
+        raise UserError(f"vision tower '{name}': a mixture has two towers. Write mof:FIRST+SECOND.")
+    return names
 
 
 def load_part(
@@ -42,10 +53,19 @@ def load_part(
     kwargs = (
         {} if getattr(spec, "attn_implementation", None) is None else {"attn_implementation": spec.attn_implementation}
     )
+
+    def load(name: str, config: PreTrainedConfig) -> PreTrainedModel:
+        return found(part, name, auto.from_pretrained, config=config, dtype=DTYPES[dtype], **kwargs)
+
     if empty or spec.config is not None:
         model = auto.from_config(config, **kwargs)
+    elif config.model_type == "mof":
+        with torch.device("meta"):
+            model = auto.from_config(config, **kwargs)
+        first, second = tower_names(spec.name)
+        model.first, model.second = load(first, config.first), load(second, config.second)
     else:
-        model = found(part, spec.name, auto.from_pretrained, config=config, dtype=DTYPES[dtype], **kwargs)
+        model = load(spec.name, config)
     model.config.architectures = [type(model).__name__]
     return model
 

@@ -13,7 +13,9 @@ import numpy as np
 
 from tinyllava.errors import UserError
 
-FILLER = -1  # a micro-batch never is empty: ~index stands for a sample that is run with nothing supervised
+# Steps smaller than this are cut from windows of so many shuffled samples, sorted by length: 16 random conversations
+# are a third padding. Larger steps have neighbours in length of their own.
+WINDOW = 256
 
 
 class Plan:
@@ -56,13 +58,29 @@ class Plan:
         return self.permutation(epoch)[step * self.global_batch_size : (step + 1) * self.global_batch_size]
 
     def permutation(self, epoch: int) -> np.ndarray:
-        """The order of all samples in an epoch."""
+        """The order of all samples in an epoch: a shuffle, in which small steps trade samples to be of similar
+        length.
+        """
         if self.order is not None:
             return np.asarray(self.order)
-        return np.random.default_rng((self.seed, epoch)).permutation(len(self.lengths))
+        rng = np.random.default_rng((self.seed, epoch))
+        shuffled, size = rng.permutation(len(self.lengths)), self.global_batch_size
+        window = WINDOW // size * size
+        if window <= size:
+            return shuffled
+        traded = []
+        for start in range(0, len(shuffled), window):
+            near = shuffled[start : start + window]
+            near = near[np.lexsort((near, self.lengths[near]))]
+            whole = len(near) // size * size
+            steps = near[:whole].reshape(-1, size)
+            traded += [steps[rng.permutation(len(steps))].ravel(), near[whole:]]
+        return np.concatenate(traded)
 
     def micro_batches(self, samples: np.ndarray) -> list[list[list[int]]]:
-        """A step's samples as [rank][micro-batch][sample]; negative numbers are fillers (see FILLER).
+        """A step's samples as [rank][micro-batch][sample].
+
+        No micro-batch is empty: ~index (a negative number) stands for a sample that is run with nothing supervised.
 
         Neighbours in length share a micro-batch. In each round the ranks' micro-batches are neighbours too, so that no
         rank waits long for another, and the costliest goes to the rank that has had the least.

@@ -10,6 +10,7 @@ A run is a directory. What is finished is not done again; what was interrupted g
 
 import itertools
 import logging
+import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -40,6 +41,9 @@ from tinyllava.train.tune import Tuned, apply_tuning
 
 logger = logging.getLogger("tinyllava")
 FINAL = "final"
+# Parameters below which a second CPU thread does not pay: 10 % less time on two idle cores, many times more on busy
+# ones (perf/README.md). The other core then reads data.
+SMALL = 20_000_000
 
 
 @dataclass
@@ -88,6 +92,8 @@ def run_stage(recipe: Recipe, name: str, start: Path | None, output: Path, recor
         facts = {"data": setup.dataset.sources, "bad_samples": setup.dataset.report}
         record.stage(name, **facts, tuned=[vars(row) for row in setup.tuned])
         messages.print(parts_table(setup.tuned, setup.args.learning_rate))
+    if setup.args.use_cpu and "OMP_NUM_THREADS" not in os.environ and setup.model.num_parameters() < SMALL:
+        torch.set_num_threads(1)
     trainer = make_trainer(setup, name, output, record)
     last = last_checkpoint(output)
     logger.info("stage %s: %s", name, f"continuing from {last.name}" if last else f"{len_or_stream(setup)} samples")

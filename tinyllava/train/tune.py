@@ -53,7 +53,8 @@ def apply_tuning(model: TinyLlavaForConditionalGeneration, tune: Tune, seed: int
         model.add_adapter(lora_config(selections))
     wanted = {f"{PLACES[part]}.{name}" for part in PARTS for name in selections[part].parameters}
     tied = model.config.tie_word_embeddings
-    if not tied and f"{PLACES['llm']}.{model.embeddings_name()}.weight" in wanted:  # `full` of the LLM means its head as well
+    embeddings = f"{PLACES['llm']}.{model.embeddings_name()}.weight"
+    if not tied and embeddings in wanted:  # `full` of the LLM means its head as well
         wanted |= {f"lm_head.{name}" for name, _ in model.lm_head.named_parameters()}
     for name, parameter in model.named_parameters():
         if name.replace(".base_layer.", ".") in wanted or ".lora_" in name:

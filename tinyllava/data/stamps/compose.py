@@ -72,8 +72,8 @@ class Scene:
 
 
 def background(rng: Random, patterns: tuple[str, ...], avoid: frozenset[str] = frozenset()) -> dict:
-    """The fields of a Scene that concern its background. `avoid`: colours of tinted things on it."""
-    name = rng.choice([c for c in BACKGROUNDS if c not in avoid])
+    """The fields of a Scene that concern its background. `avoid`: where a thing on it could not be seen."""
+    name = rng.choice([c for c in BACKGROUNDS if c not in avoid] or list(BACKGROUNDS))
     jitter = (
         [rng.randint(-12, 12) for _ in range(3)] if name not in ("white", "gray", "black") else [rng.randint(-8, 5)] * 3
     )
@@ -110,7 +110,8 @@ def compose(
         things.append(
             Thing(concept, drawing, _fit(rng, cell, image.width / image.height), tint, flips and rng.random() < 0.5)
         )
-    ground = background(rng, patterns, frozenset(t.tint for t in things if t.tint))
+    hiding = (name for t in things for name in ((t.tint,) if t.tint else t.drawing.hidden_on))
+    ground = background(rng, patterns, frozenset(hiding))
     return Scene(size, things=tuple(things), **ground)
 
 

@@ -46,10 +46,12 @@ IRREGULAR = {
 
 @dataclass(frozen=True)
 class Drawing:
-    """One picture of a concept. `hue` (degrees) is set where over 80 % of the area lies in one hue band."""
+    """One picture of a concept. `hue` (degrees) is set where over 80 % of the area lies in one hue band; on the
+    backgrounds of `hidden_on` over half of it could not be told from the ground."""
 
     file: str
     hue: int | None = None
+    hidden_on: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,7 @@ class Library:
                 entry.get("kind"),
                 entry["countable"],
                 entry.get("noun", "count"),
-                tuple(Drawing(d["file"], d.get("hue")) for d in entry["drawings"]),
+                tuple(Drawing(d["file"], d.get("hue"), tuple(d.get("hidden_on", ()))) for d in entry["drawings"]),
             )
             for name, entry in record["concepts"].items()
         }

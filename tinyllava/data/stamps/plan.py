@@ -16,6 +16,7 @@ from tinyllava.data.stamps.tiers import Tier
 
 SINGLE = 0.4  # share of pictures with one thing, beyond its even share: a tower learns names from large things first
 TEXT_ONLY = 0.05  # share of instructions without a picture
+ASK_EXISTENCE = 0.7  # share of conversations that begin with existence questions
 DESCRIBE = 0.08  # share of conversations that are a description
 PARTS = ("captions", "instructions", "validation", "test")
 
@@ -82,16 +83,12 @@ def _conversation(tier: Tier, rng: Random) -> tuple[Scene, list[tuple[str, str]]
         kinds = ["reading", "background_colour"]
     else:
         scene = sample(tier, rng, single=SINGLE / 4)
-        kinds = rng.choices(
-            [k for k in tier.kinds if k != "reading"],
-            [w for k, w in tier.kinds.items() if k != "reading"],
-            k=2 * tier.turns,
-        )
-    wanted = kinds[: tier.turns].count("existence")
-    found = _existence(scene, context, rng, min(wanted, len(scene.things) - rng.randint(0, 1)))
+        kinds = [k for k, w in tier.kinds.items() if k != "reading" for _ in range(int(w + rng.random()))]
+        rng.shuffle(kinds)
+    found = _existence(scene, context, rng) if rng.random() < ASK_EXISTENCE else []
     told = {fact for question in found for fact in question.asks}
     for kind in kinds:
-        if len(found) < tier.turns and kind != "existence":
+        if len(found) < tier.turns:
             question = KINDS[kind](scene, context, rng, _wanted(kind, tier, rng))
             if question and not told & set(question.asks):
                 told.update(question.asks, question.tells)
@@ -108,11 +105,11 @@ def _wanted(kind: str, tier: Tier, rng: Random) -> str | None:
     return str(rng.choices(counts, counts)[0]) if kind == "counting" else None
 
 
-def _existence(scene: Scene, context: Context, rng: Random, wanted: int) -> list[Question]:
-    """At most one existence question for each concept that is there, before anything else is asked: a concept named
-    earlier in the conversation would be a hint, and running out of things to say yes to would tilt the rest to no."""
+def _existence(scene: Scene, context: Context, rng: Random) -> list[Question]:
+    """One existence question for each concept that is there, before anything else is asked: a concept named earlier in
+    the conversation would be a hint, and running out of things to say yes to would tilt the rest to no."""
     found, told = [], set()
-    for _ in range(min(wanted, len({t.concept.name for t in scene.things}))):
+    for _ in {t.concept.name for t in scene.things}:
         want = rng.choice(["yes", "no"])
         question = None
         while question is None or told & set(question.asks):

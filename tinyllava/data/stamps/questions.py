@@ -181,8 +181,7 @@ def reading(scene: Scene, context: Context, rng: Random, want: str | None) -> Qu
 
 def caption(scene: Scene) -> str:
     """Everything that can be asked about the scene in one line: number, background, each thing with its place."""
-    import os
-    things = list(scene.things) if os.environ.get('RO') else sorted(scene.things, key=lambda t: (QUADRANTS.index(q) if (q := scene.quadrant(t.box)) else 0, t.box))
+    things = sorted(scene.things, key=lambda t: (QUADRANTS.index(q) if (q := scene.quadrant(t.box)) else 0, t.box))
     count = f"{len(things)} thing{'s' * (len(things) != 1)}"
     return f"{count} on a {scene.background} background: {', '.join(_described(scene, t) for t in things)}."
 

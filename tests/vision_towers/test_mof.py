@@ -1,0 +1,127 @@
+"""A mixture is its two towers, each on its own pixels, joined patch by patch."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModel
+
+from tests.conftest import CLIP, DINOV2, SIGLIP, tiny_model
+from tinyllava.config import ModelSpec, Tune
+from tinyllava.data.sample import Sample
+from tinyllava.errors import UserError
+from tinyllava.model import checkpoint
+from tinyllava.model.build import build
+from tinyllava.train.tune import apply_tuning
+
+SAMPLE = {
+    "id": "a",
+    "image": "a.png",
+    "conversations": [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A cat."}],
+}
+DEEP_SIGLIP = {**SIGLIP, "num_hidden_layers": 5, "hidden_size": 32}
+PAIRS = [(CLIP, DINOV2), (DEEP_SIGLIP, CLIP), (CLIP, {**DEEP_SIGLIP, "patch_size": 4, "image_size": 16})]
+
+
+def mixture(first: dict, second: dict, **fields: object) -> dict:
+    return {"model_type": "mof", "first": first, "second": second, **fields}
+
+
+def made(tower: dict | None = None, **parts: object):
+    model, *rest = build(
+        ModelSpec.model_validate(tiny_model(tower=tower or mixture(CLIP, DINOV2), **parts)),
+        lambda: [Sample.from_llava(SAMPLE)],
+    )
+    return model.eval(), *rest
+
+
+def pixels(side: int = 32) -> torch.Tensor:
+    return torch.randint(0, 256, (2, 3, side, side), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("first,second", PAIRS, ids=["clip-dinov2", "deeper-first", "smaller-patches"])
+def test_it_is_its_two_towers_each_on_its_own_pixels(first: dict, second: dict) -> None:
+    model, _, _ = made(mixture(first, second))
+    tower, parts = model.model.vision_tower, []
+    for own, (mean, std) in zip(
+        (tower.first, tower.second),
+        zip(tower.config.image_mean, tower.config.image_std, strict=True),
+        strict=True,
+    ):
+        raw = pixels().float() / 255
+        side = 4 * own.config.patch_size  # a grid of 4 x 4 for both
+        if side != 32:
+            raw = torch.nn.functional.interpolate(raw, size=(side, side), mode="bicubic", antialias=True)
+        normal = (raw - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+        states = own(normal, output_hidden_states=True).hidden_states[-2]
+        parts.append(states[:, states.shape[1] - 16 :])
+    torch.testing.assert_close(model.model.tower_features(pixels()), torch.cat(parts, dim=-1), atol=1e-5, rtol=1e-5)
+    assert tower.config.image_mean[0] != tower.config.image_mean[1]
+
+
+@torch.no_grad()
+def test_equal_statistics_give_both_the_first_towers_pixels() -> None:
+    same = {"image_mean": [[0.5] * 3] * 2, "image_std": [[0.25] * 3] * 2}
+    model, _, _ = made(mixture(CLIP, DINOV2, **same))
+    seen = torch.randn(1, 3, 32, 32)
+    members = model.model.vision_tower.members(seen, [0])
+    assert all(torch.equal(own, seen) for _, own, _, _ in members)
+
+
+@pytest.mark.parametrize("layer", [-1, -2, [-2, -1]], ids=str)
+def test_stopping_early_changes_nothing(layer: int | list[int]) -> None:
+    spec = tiny_model(tower=mixture(DEEP_SIGLIP, DINOV2))
+    spec["vision_tower"]["feature_layer"] = layer
+    model, _, _ = build(ModelSpec.model_validate(spec), lambda: [Sample.from_llava(SAMPLE)])
+    ran = []
+    model.model.vision_tower.first.encoder.layers[4].register_forward_hook(lambda *_: ran.append(1))
+    whole = model.requires_grad_(True).model.tower_features(pixels())
+    assert len(ran) == 1
+    torch.testing.assert_close(model.requires_grad_(False).model.tower_features(pixels()), whole, rtol=0, atol=0)
+    assert len(ran) == (1 if layer == -2 else 2)
+
+
+@pytest.mark.parametrize("tune", [None, "lora"])
+@pytest.mark.parametrize("connector", ["mof_mlp", "mlp2x_gelu"])
+def test_saved_and_loaded_it_is_the_same(connector: str, tune: str | None, tmp_path: Path) -> None:
+    model, processor, template = made(mixture(DEEP_SIGLIP, DINOV2), connector=connector)
+    if tune:
+        lora = {"lora": {"r": 2, "alpha": 4}}
+        apply_tuning(model, Tune.model_validate({"vision_tower": lora, "llm": lora}), seed=0)
+    if connector == "mof_mlp":  # 32 channels of the first tower, 24 of the second
+        assert model.config.connector == {"mof_mlp": {"first_dim": 32}}
+    assert processor.tokens_per_image == (32 if connector == "mof_mlp" else 16)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+        wanted = model.model.get_image_features(pixels()).pooler_output
+        checkpoint.save(model, processor, template, tmp_path / "c")
+        loaded, *_ = checkpoint.load(tmp_path / "c")
+        for one, other in zip(loaded.model.get_image_features(pixels()).pooler_output, wanted, strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+def test_two_towers_by_name(tmp_path: Path) -> None:
+    folders = []
+    for number, fields in enumerate((CLIP, DINOV2)):
+        tower = AutoModel.from_config(AutoConfig.for_model(**copy.deepcopy(fields)))
+        tower.save_pretrained(tmp_path / str(number))
+        folders.append((tmp_path / str(number), tower))
+    spec = tiny_model(connector="mof_mlp")
+    spec["vision_tower"] = "mof:" + "+".join(str(folder) for folder, _ in folders)
+    model, _, _ = build(ModelSpec.model_validate(spec), lambda: [Sample.from_llava(SAMPLE)])
+    mixed = model.model.vision_tower
+    for own, (_, tower) in zip((mixed.first, mixed.second), folders, strict=True):
+        for name, parameter in tower.named_parameters():
+            torch.testing.assert_close(own.get_parameter(name), parameter, rtol=0, atol=0)
+    spec["vision_tower"] = f"mof:{folders[0][0]}"
+    with pytest.raises(UserError, match="a mixture has two towers"):
+        build(ModelSpec.model_validate(spec))
+
+
+def test_a_tower_that_nothing_is_known_about_is_refused() -> None:
+    with pytest.raises(UserError, match=r"cannot mix in a vit: .* vision_towers/vit.py"):
+        made(mixture(CLIP, {"model_type": "vit", "hidden_size": 24, "num_attention_heads": 4}))
