@@ -73,11 +73,11 @@ def test_questions_and_boxes_are_the_same_on_every_machine(tiny):
     """A change here changes everybody's scores: raise stamps.write.VERSION with it."""
     manifest = json.loads((tiny / "manifest.json").read_text())
     assert {file: entry["sha256"][:16] for file, entry in manifest["files"].items()} == {
-        "captions.json": "3af9ddd34454036e",
-        "instructions.json": "a8575230a228fd46",
-        "validation.json": "c544b8dea5533422",
+        "captions.json": "4a8b6d4aec4c9c0a",
+        "instructions.json": "b2c3cf13842c7de7",
+        "validation.json": "90156f49fd493a95",
         "test.jsonl": "ace8e08437485b3b",
-        "boxes.jsonl": "bb803f3e16890168",
+        "boxes.jsonl": "73a9e6a321655c1f",
     }
 
 

@@ -16,7 +16,7 @@ from tinyllava.data.stamps.tiers import Tier
 
 SINGLE = 0.4  # share of pictures with one thing, beyond its even share: a tower learns names from large things first
 TEXT_ONLY = 0.05  # share of instructions without a picture
-ASK_EXISTENCE = 0.7  # share of conversations that begin with existence questions
+ASK_EXISTENCE = 0.5  # share of conversations that begin with existence questions
 DESCRIBE = 0.08  # share of conversations that are a description
 PARTS = ("captions", "instructions", "validation", "test")
 

@@ -59,11 +59,11 @@ ASKED = {
     "naming": 1.0,
     "category": 0.5,
     "counting": 3.0,
-    "quadrant": 3.0,
-    "spatial": 0.75,
-    "colour": 0.75,
+    "quadrant": 2.0,
+    "spatial": 2.0,
+    "colour": 1.0,
     "background_colour": 0.25,
-    "corner_naming": 2.0,
+    "corner_naming": 1.5,
 }
 
 
@@ -82,7 +82,7 @@ def tier(name: str) -> Tier:
             flips=False,
             fill=0.85,
             patterns=("plain", "gradient"),
-            captions=12000,
+            captions=14000,
             instructions=20000,
             validation=300,
             test=160,
