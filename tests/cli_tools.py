@@ -9,9 +9,9 @@ from typing import NamedTuple
 
 import pytest
 import yaml
-from conftest import tiny_model
 from transformers.utils import logging as transformers_logging
 
+from tests.conftest import tiny_model
 from tinyllava import cli
 
 

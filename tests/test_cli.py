@@ -7,9 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from cli_tools import Said, assert_refused, command_line, recipe, written  # noqa: F401  (the fixture `tinyllava`)
 from typer.main import get_command
 
+from tests.cli_tools import Said, assert_refused, command_line, recipe, written  # noqa: F401  (the fixture `tinyllava`)
 from tinyllava import cli
 from tinyllava.commands import parts
 from tinyllava.factory import KINDS, Factory

@@ -7,7 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from cli_tools import Said, assert_refused, command_line, recipe, written  # noqa: F401  (the fixture `tinyllava`)
+
+from tests.cli_tools import Said, assert_refused, command_line, recipe, written  # noqa: F401  (the fixture `tinyllava`)
 
 
 @pytest.fixture(scope="module")

@@ -5,12 +5,12 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import LLAMA
 from PIL import Image
 from rich.console import Console
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, TrainerControl, TrainerState, TrainingArguments
 
+from tests.conftest import LLAMA
 from tinyllava.config import LLMSpec
 from tinyllava.data.sample import Sample
 from tinyllava.data.spans import IGNORE
