@@ -26,7 +26,8 @@ def write_adapter(model: TinyLlavaForConditionalGeneration, state: Mapping[str, 
     It carries the connector too (`modules_to_save`), so that it is whole even without its directory.
     """
     config = model.peft_config["default"]
-    lora = get_peft_model_state_dict(model, state_dict={name: t for name, t in state.items() if ".lora_" in name})
+    only = {name: tensor for name, tensor in state.items() if ".lora_" in name}
+    lora = get_peft_model_state_dict(model, state_dict=only, save_embedding_layers=False)
     prefix = "model.multi_modal_projector."
     connector = {name: tensor for name, tensor in state.items() if name.startswith(prefix) and ".lora_" not in name}
     connector = {name.replace(".base_layer.", "."): tensor for name, tensor in connector.items()}
