@@ -13,6 +13,7 @@ from transformers.utils import logging as transformers_logging
 
 from tests.conftest import tiny_model
 from tinyllava import cli
+from tinyllava.console import messages, output
 
 
 class Said(NamedTuple):
@@ -24,7 +25,8 @@ class Said(NamedTuple):
 @pytest.fixture(name="tinyllava")
 def command_line(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Said]]:
     """tinyllava("train", ...) runs the console script in this process and returns what it said."""
-    monkeypatch.setenv("COLUMNS", "100")
+    for console in (output, messages):  # made at import, when COLUMNS said something else
+        monkeypatch.setattr(console, "_width", 100)
     transformers_logging.disable_progress_bar()  # a process of its own has TQDM_DELAY in time for this
     logger = logging.getLogger("tinyllava")
     before = logger.handlers, logger.propagate, logger.level
