@@ -43,6 +43,12 @@ DINOV2 = {
     **{key: CLIP[key] for key in ("hidden_size", "num_hidden_layers", "num_attention_heads")},
 }
 DINOV2 |= {"image_size": 56, "patch_size": 8}
+DINOV2_REGISTERS = {**DINOV2, "model_type": "dinov2_with_registers", "num_register_tokens": 4}
+DINOV3 = {**CLIP, "model_type": "dinov3_vit", "num_register_tokens": 4, "num_attention_heads": 3}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--full-matrix", action="store_true", help="tests/test_matrix.py: every combination, not a sample")
 
 
 def tiny_model(llm: dict = LLAMA, tower: dict = CLIP, connector: object = "mlp2x_gelu", **more: object) -> dict:

@@ -9,6 +9,8 @@ A recipe may also name code outside the package as `my_pkg.my_module:Name`, and 
 
 import difflib
 import importlib
+import os
+import sys
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -17,6 +19,7 @@ from typing import Any, NamedTuple
 from tinyllava.errors import UserError
 
 ROOT = Path(__file__).parent
+TRUST = "TINYLLAVA_TRUST"  # modules, joined by commas, that a checkpoint may name as its code
 
 
 class Kind(NamedTuple):
@@ -43,6 +46,27 @@ def nearest(name: str, known: list[str]) -> str:
     """The end of a sentence: `; did you mean 'mlp'?` when some known name is close, else a full stop."""
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f"; did you mean '{close[0]}'?" if close else "."
+
+
+def load_code(address: str, what: str) -> Any:
+    """What stands at `package.module:Name`. Raises UserError when it cannot be imported."""
+    module_name, _, attribute = address.partition(":")
+    if os.getcwd() not in sys.path:  # the console script, unlike `python -m`, does not look beside the recipe
+        sys.path.append(os.getcwd())
+    try:
+        return getattr(importlib.import_module(module_name), attribute)
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"cannot load {what} '{address}': {error}. Is it importable from here?") from None
+
+
+def check_trusted(address: str, what: str) -> None:
+    """Raise UserError unless code that a checkpoint names may run: its module is imported already, or in $TRUST."""
+    module_name = address.partition(":")[0]
+    if module_name not in sys.modules and module_name not in os.environ.get(TRUST, "").split(","):
+        raise UserError(
+            f"the checkpoint's {what} is code of its author's or yours, {address}, which does not run unasked.\n"
+            f"If you trust it, `import {module_name}` before you load, or set {TRUST}={module_name}."
+        )
 
 
 class Factory:
@@ -100,13 +124,7 @@ class Factory:
 
     def load_from(self, address: str) -> Any:
         """The user's own part at `package.module:Name`."""
-        module_name, _, attribute = address.partition(":")
-        try:
-            return getattr(importlib.import_module(module_name), attribute)
-        except (ImportError, AttributeError) as error:
-            raise UserError(
-                f"cannot load {self.kind.singular} '{address}': {error}. Is it importable from here?"
-            ) from None
+        return load_code(address, self.kind.singular)
 
     def part_of(self, module: ModuleType) -> Any:
         """What a Python file of this kind offers."""

@@ -89,9 +89,9 @@ def test_draft_decodes_smaller_but_never_below_the_hint(tmp_path):
     Image.new("RGB", (800, 600), RED).save(tmp_path / "large.jpg")
     path = str(tmp_path / "large.jpg")
     assert open_image(path).size == (800, 600)
-    assert open_image(path, draft=140).size == (200, 150)
-    assert open_image(path, draft=151).size == (400, 300)
-    assert is_red(open_image(path, draft=140))
+    assert open_image(path, draft=(140, 140)).size == (200, 150)
+    assert open_image(path, draft=(151, 151)).size == (400, 300)
+    assert is_red(open_image(path, draft=(140, 140)))
 
 
 @pytest.mark.parametrize(

@@ -403,10 +403,7 @@ REFUSED = {
         TAGGED.replace("== 'assistant'", "== 'assistant' and loop.last"),
         "own {% generation %}",
     ),
-    "reads parts only": (
-        TAGGED.replace("message.content +", "(message.content | selectattr('type', 'eq', 'text') | join) +"),
-        "own {% generation %}",
-    ),
+    "reads another key": (TAGGED.replace("message.content +", "message.text | default('') +"), "own {% generation %}"),
     "ends with an unknown token": (TAGGED.replace("im_end", "eot"), "no token of this tokenizer"),
     "ends with no token": (
         "{% for m in messages %}{{ m.role + ': ' + m.content + '. ' }}{% endfor %}",
@@ -424,6 +421,18 @@ def test_a_template_that_could_not_be_exact_is_refused(fault, load, tmp_path):
     with pytest.raises(UserError, match=re.escape(text)) as caught:
         Template.load(path).encode(HARD["many turns"], load("qwen"))
     assert "mine.jinja" in str(caught.value)
+
+
+def test_a_template_that_reads_content_as_parts_gives_the_same_ids_and_labels(load, tmp_path):
+    image, text = "selectattr('type', 'eq', 'image')", "selectattr('type', 'eq', 'text')"
+    written = f"(message.content | {image} | list | length) * '<image>\\n' + "
+    written += f"(message.content | {text} | map(attribute='text') | join) +"
+    path = tmp_path / "parts.jinja"
+    path.write_text(TAGGED.replace("message.content +", written))
+    as_parts = Template.load(path).encode(HARD["picture"], load("qwen"))
+    path = tmp_path / "text.jinja"
+    path.write_text(TAGGED)
+    assert as_parts == Template.load(path).encode(HARD["picture"], load("qwen"))
 
 
 def test_a_template_without_end_of_turn_is_warned_of(load, tmp_path, caplog):

@@ -17,7 +17,7 @@ from tests.conftest import CLIP, DINOV2, LLAMA, PHI, SIGLIP, tiny_model
 from tinyllava.config import ModelSpec, Tune
 from tinyllava.data.sample import Sample
 from tinyllava.errors import UserError
-from tinyllava.model import checkpoint
+from tinyllava.model import checkpoint, weight_files
 from tinyllava.model.adapter import ADAPTER, merge
 from tinyllava.model.build import build
 from tinyllava.train.tune import apply_tuning
@@ -102,7 +102,7 @@ def test_the_keys_are_the_published_ones(tmp_path: Path) -> None:
     """The layout of llava-hf/llava-1.5-7b-hf, which vLLM and transformers 5.20 to 5.23 read."""
     model, processor, template = made(llm=UNTIED)
     checkpoint.save(model, processor, template, tmp_path)
-    keys = set(json.loads((tmp_path / checkpoint.INDEX).read_text())["weight_map"])
+    keys = set(json.loads((tmp_path / weight_files.INDEX).read_text())["weight_map"])
     layer = "vision_tower.vision_model.encoder.layers.0"
     golden = {
         "vision_tower.vision_model.embeddings.class_embedding",
@@ -189,7 +189,7 @@ def test_a_half_written_checkpoint_is_refused(damage: str, tmp_path: Path) -> No
         (tmp_path / "language_model.safetensors").write_bytes(whole[: len(whole) // 2])
     elif damage == "tinyllava.json":  # killed before the record was written, and before the index
         (tmp_path / damage).unlink()
-        (tmp_path / checkpoint.INDEX).unlink()
+        (tmp_path / weight_files.INDEX).unlink()
     else:
         (tmp_path / damage).unlink()
     with pytest.raises(UserError, match=r"half written|damaged|no checkpoint") as error:
@@ -205,7 +205,7 @@ def test_a_full_disk_costs_nothing_that_was_there(tmp_path: Path, monkeypatch: p
     def full(*args: object, **kwargs: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr(weight_files, "save_file", full)
     with pytest.raises(UserError, match="disk full"), checkpoint.aside(tmp_path / "c") as directory:
         checkpoint.save(model, processor, template, directory)
     assert [path.name for path in tmp_path.iterdir()] == ["c"]

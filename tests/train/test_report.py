@@ -218,7 +218,7 @@ def test_pictures_side_by_side_are_told_apart() -> None:
     tokenizer = bytelevel()
     image = image_token_id(tokenizer)
     assert colour_tokens([image] * 6, [IGNORE] * 6, tokenizer, image).plain == "<image x 6>"
-    assert colour_tokens([image] * 6, [IGNORE] * 6, tokenizer, image, 3).plain == "<image x 3><image x 3>"
+    assert colour_tokens([image] * 6, [IGNORE] * 6, tokenizer, image, [3, 3]).plain == "<image x 3><image x 3>"
 
 
 @pytest.mark.parametrize("lengths", [[7], [5, 5, 5], [1, 2, 3, 3], list(range(10, 2000, 7))])

@@ -63,14 +63,15 @@ def test_a_directory_with_another_run_is_refused(pictures: Path, tmp_path: Path)
         stage.run(recipe(pictures, learning_rate=1.0), "tiny", tmp_path)
 
 
-@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
-def test_a_killed_run_ends_as_an_undisturbed_one(lora: bool, pictures: Path, tmp_path: Path) -> None:
-    options = ["--lora"] if lora else []
-    command = [sys.executable, "-m", "tests.train.tiny_run", str(pictures)]
-    killed = subprocess.run([*command, str(tmp_path / "k"), "--kill-at", "5", *options], cwd=ROOT, capture_output=True)
+@pytest.mark.parametrize("tuning", ["full", "lora", "qlora"])
+def test_a_killed_run_ends_as_an_undisturbed_one(tuning: str, pictures: Path, tmp_path: Path) -> None:
+    options = {} if tuning == "full" else {"r": 4, "alpha": 8, "use_dora": True}
+    tune = {"llm": {tuning: options, "lr": 5e-3}}
+    command = [sys.executable, "-m", "tests.train.tiny_run", str(pictures), str(tmp_path / "k")]
+    options = ["--kill-at", "5", "--tune", json.dumps(tune)]
+    killed = subprocess.run([*command, *options], cwd=ROOT, capture_output=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
     assert (tmp_path / "k" / "finetune" / "checkpoint-4").is_dir()
-    tune = {"llm": {"lora": {"r": 4, "alpha": 8}, "lr": 5e-3}} if lora else None
     resumed = stage.run(recipe(pictures, tune), "tiny", tmp_path / "k")
     whole = stage.run(recipe(pictures, tune), "tiny", tmp_path / "w")
     assert losses(tmp_path / "k") == losses(tmp_path / "w")
@@ -86,6 +87,8 @@ def test_a_checkpoint_in_the_middle_is_complete(pictures: Path, tmp_path: Path) 
     start, end = weights(tmp_path / "pretrain" / "final"), model.state_dict()
     name = "model.multi_modal_projector.linear_1.weight"
     assert not torch.equal(start[name], end[name])  # the trained connector, not the one the stage began with
+    for file in ("language_model.safetensors", "vision_tower.safetensors"):  # under the adapter nothing changed
+        assert (tmp_path / "pretrain" / "final" / file).samefile(middle / file)
 
 
 @pytest.mark.parametrize(

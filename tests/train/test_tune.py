@@ -1,13 +1,21 @@
 """Three tunings become requires_grad, one LoraConfig and the optimiser's groups, in any mix."""
 
+from pathlib import Path
+
 import pytest
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from tests.conftest import CLIP, DINOV2, LLAMA, PHI, SIGLIP, tiny_model
 from tinyllava.config import ModelSpec, Tune
 from tinyllava.data.sample import Sample
 from tinyllava.errors import UserError
+from tinyllava.model import checkpoint
 from tinyllava.model.build import build
-from tinyllava.train.tune import apply_tuning, parameter_groups
+from tinyllava.train.tune import apply_tuning, lora_config, parameter_groups
+from tinyllava.tuning import Selection
 
 TURNS = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A cat."}]
 SAMPLE = {"id": "a", "image": "a.png", "conversations": TURNS}
@@ -83,10 +91,108 @@ def test_every_part_has_its_own_learning_rate() -> None:
     assert {group["weight_decay"] for group in groups} == {0.0, 0.1}
 
 
+@pytest.mark.parametrize("family", [LLAMA, PHI, CLIP, SIGLIP, DINOV2], ids=lambda config: config["model_type"])
+def test_attention_is_every_projection_of_the_attention_and_nothing_else(family: dict) -> None:
+    part = "llm" if family in (LLAMA, PHI) else "vision_tower"
+    where = {"llm": family} if part == "llm" else {"tower": family}
+    tune = {part: {"lora": {"targets": "attention"}}, "connector": "frozen"}
+    adapted = {name.split(".lora_")[0] for name in tuned(tune, **where)[2]}
+    layers = 2  # in use: all of an LLM's, and those of a tower below its feature layer
+    assert len(adapted) == 4 * layers and all("att" in name for name in adapted)
+
+
+def test_peft_options_go_on_to_every_adapter() -> None:
+    lora = {"lora": {"r": 4, "alpha": 8, "use_dora": True, "use_rslora": True, "dropout": 0.1}}
+    model, rows, trained = tuned({"llm": lora, "vision_tower": lora})
+    q = model.model.language_model.layers[0].self_attn.q_proj
+    assert q.scaling["default"] == 8 / 4**0.5 and q.use_dora["default"] and q.lora_dropout["default"].p == 0.1
+    assert len({name for name in trained if "lora_magnitude_vector" in name}) == len(trained - {""}) // 3 - 1
+    assert rows["llm"].tuning == "lora (r 4, alpha 8, use_dora True, use_rslora True, dropout 0.1)"
+
+
+def with_new_tokens(tune: dict, llm: dict, folder: Path, tokens: int = 3):
+    """An LLM from a directory, as from the Hub, whose tokenizer got `tokens` more than it has rows for."""
+    base, processor, _ = build(ModelSpec.model_validate(tiny_model(llm=llm)), lambda: [Sample.from_llava(SAMPLE)])
+    tokenizer = processor.tokenizer
+    AutoModelForCausalLM.from_config(base.config.text_config).save_pretrained(folder / "llm")
+    tokenizer.add_tokens([f"<new{number}>" for number in range(tokens)])
+    tokenizer.save_pretrained(folder / "llm")
+    spec = {**tiny_model(), "llm": str(folder / "llm")}
+    model, *_ = build(ModelSpec.model_validate(spec))
+    apply_tuning(model, Tune.model_validate(tune), seed=0)
+    return model, base.config.text_config.vocab_size
+
+
+@pytest.mark.parametrize("llm", [LLAMA, {**LLAMA, "tie_word_embeddings": False}, PHI], ids=["tied", "untied", "bias"])
+@pytest.mark.parametrize("tuning", [{"embeddings": {}}, {"lora": {"r": 2, "new_tokens": True}}], ids=["alone", "lora"])
+def test_embeddings_change_the_rows_of_new_tokens_and_not_one_bit_more(llm: dict, tuning: dict, tmp_path: Path) -> None:
+    tune = {"llm": {**tuning, "lr": 0.1}, "connector": "frozen"}
+    model, rows = with_new_tokens(tune, llm, tmp_path)
+    assert model.config.new_tokens == list(range(rows, rows + 3))
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    decayed = set(before)
+    groups = parameter_groups(model, Tune.model_validate(tune), lr=1e-3, weight_decay=0.5, decayed=decayed)
+    optimizer = torch.optim.AdamW(groups)
+    ids = torch.tensor([[5, 6, rows, rows + 1, rows + 2, 7, rows]])
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+    tables = {"model.language_model.embed_tokens.weight"} | ({"lm_head.weight"} - {llm.get("tie_word_embeddings")})
+    tables = tables if not llm.get("tie_word_embeddings") else {"model.language_model.embed_tokens.weight"}
+    for name, parameter in model.named_parameters():
+        if name in tables:
+            assert torch.equal(parameter[:rows], before[name][:rows]), name
+            assert (parameter[rows:] != before[name][rows:]).any(dim=1).all(), name
+        elif ".lora_" not in name:
+            assert torch.equal(parameter, before[name]), name
+    assert any(".lora_" in name for name in before) == ("lora" in tuning)
+
+
+def test_the_image_token_in_a_spare_row_is_new(tmp_path: Path) -> None:
+    base, processor, _ = build(ModelSpec.model_validate(tiny_model()), lambda: [Sample.from_llava(SAMPLE)])
+    assert base.config.new_tokens == []  # made with the model: nothing is newer than the rest
+    names = [token for token in processor.tokenizer.get_vocab() if token != "<image>"]
+    plain = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(WordLevel({name: number for number, name in enumerate(names)}, "</s>")),
+        bos_token="<s>", eos_token="</s>", pad_token="<pad>",
+    )  # fmt: skip
+    config = base.config.text_config
+    config.vocab_size = len(names) + 60
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    plain.save_pretrained(tmp_path)
+    tune = Tune.model_validate({"llm": "embeddings", "connector": "frozen"})
+    model, *_ = build(ModelSpec.model_validate({**tiny_model(), "llm": str(tmp_path)}))
+    assert model.config.new_tokens == [len(names)] == [model.config.image_token_id]
+    rows = {row.part: row for row in apply_tuning(model, tune, seed=0)}
+    assert rows["llm"].trainable == config.hidden_size
+
+
+def test_new_tokens_are_known_in_a_next_stage(tmp_path: Path) -> None:
+    model, rows = with_new_tokens({"llm": "embeddings"}, LLAMA, tmp_path)
+    spec = {**tiny_model(), "llm": str(tmp_path / "llm")}
+    _, processor, template = build(ModelSpec.model_validate(spec))
+    checkpoint.save(model, processor, template, tmp_path / "c")
+    again, *_ = checkpoint.load(tmp_path / "c")
+    assert again.config.new_tokens == list(range(rows, rows + 3))
+
+
 def test_tunings_that_cannot_be_are_refused() -> None:
     with pytest.raises(UserError, match="every part is frozen"):
         tuned({"connector": "frozen"})
-    with pytest.raises(UserError, match=r"LoRA targets 'nothing' match nothing in the llm \(layers\.0"):
+    with pytest.raises(UserError, match=r"LoRA targets 'nothing' match nothing in the LLM \(layers\.0"):
         tuned({"llm": {"lora": {"targets": "nothing"}}})
-    with pytest.raises(UserError, match="dropouts differ"):
+    with pytest.raises(UserError, match=r"lora_dropout is 0.0 for the vision_tower and 0.1 for the llm"):
         tuned({"llm": {"lora": {"dropout": 0.1}}, "vision_tower": "lora"})
+    with pytest.raises(
+        UserError, match=r"use_dora is True for the vision_tower and False for the llm, but peft has one"
+    ):
+        tuned({"llm": "lora", "vision_tower": {"lora": {"use_dora": True}}})
+    with pytest.raises(UserError, match="are no regular expression"):
+        tuned({"llm": {"lora": {"targets": "(q_proj"}}})
+    with pytest.raises(UserError, match="the LLM got no new tokens"):
+        tuned({"llm": "embeddings"})
+    with pytest.raises(UserError, match="the vision tower got no new tokens"):
+        tuned({"vision_tower": {"lora": {"new_tokens": True}}})
+    with pytest.raises(UserError, match=r"LoraConfig has no field 'use_dorra'; did you mean 'use_dora'\?"):
+        lora_config({"llm": Selection(lora_targets=["q"], lora={"r": 1, "lora_alpha": 1, "use_dorra": True})})

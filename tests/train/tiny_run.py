@@ -1,10 +1,13 @@
-"""A two-stage run of a tiny model on real files: python -m tests.train.tiny_run PICTURES OUTPUT [--kill-at STEP]
-[key=value ...]
+"""A two-stage run of a tiny model on real files, in a process of its own, or in several under torchrun:
+
+python -m tests.train.tiny_run PICTURES OUTPUT [--kill-at STEP] [--tune JSON] [--trainer JSON]
+[--deepspeed zero2 zero3]
 """
 
+import argparse
+import json
 import os
 import signal
-import sys
 from pathlib import Path
 
 from tests.conftest import LLAMA, tiny_model
@@ -50,13 +53,18 @@ def main() -> None:
     from tinyllava.train import stage
     from tinyllava.train.trainer import Trainer
 
-    pictures, output = Path(sys.argv[1]), Path(sys.argv[2])
-    kill_at = int(sys.argv[sys.argv.index("--kill-at") + 1]) if "--kill-at" in sys.argv else None
-    lora = {"llm": {"lora": {"r": 4, "alpha": 8}, "lr": 5e-3}} if "--lora" in sys.argv else None
+    parser = argparse.ArgumentParser()
+    parser.add_argument("pictures", type=Path)
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--kill-at", type=int)
+    parser.add_argument("--tune", type=json.loads)
+    parser.add_argument("--trainer", type=json.loads, default={})
+    parser.add_argument("--deepspeed", nargs=2, metavar=("FIRST", "SECOND"), help="zero2 or zero3 for each stage")
+    given = parser.parse_args()
 
     class Kill(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
-            if state.global_step == kill_at and "finetune" in args.output_dir:
+            if state.global_step == given.kill_at and "finetune" in args.output_dir:
                 os.kill(os.getpid(), signal.SIGKILL)
 
     original = Trainer.__init__
@@ -65,7 +73,10 @@ def main() -> None:
         original(self, *args, callbacks=[*callbacks, Kill()], **kwargs)
 
     Trainer.__init__ = with_kill
-    stage.run(recipe(pictures, lora), "tiny", output)
+    chosen = recipe(given.pictures, given.tune, **given.trainer)
+    for one, zero in zip(chosen.stages.values(), given.deepspeed or (), strict=False):
+        one.trainer["deepspeed"] = zero
+    stage.run(chosen, "tiny", given.output)
 
 
 if __name__ == "__main__":

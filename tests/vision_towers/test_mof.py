@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModel
 
-from tests.conftest import CLIP, DINOV2, SIGLIP, tiny_model
+from tests.conftest import CLIP, DINOV2, DINOV2_REGISTERS, DINOV3, SIGLIP, tiny_model
 from tinyllava.config import ModelSpec, Tune
 from tinyllava.data.sample import Sample
 from tinyllava.errors import UserError
@@ -21,7 +21,13 @@ SAMPLE = {
     "conversations": [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A cat."}],
 }
 DEEP_SIGLIP = {**SIGLIP, "num_hidden_layers": 5, "hidden_size": 32}
-PAIRS = [(CLIP, DINOV2), (DEEP_SIGLIP, CLIP), (CLIP, {**DEEP_SIGLIP, "patch_size": 4, "image_size": 16})]
+PAIRS = {
+    "clip-dinov2": (CLIP, DINOV2),
+    "deeper-first": (DEEP_SIGLIP, CLIP),
+    "smaller-patches": (CLIP, {**DEEP_SIGLIP, "patch_size": 4, "image_size": 16}),
+    "siglip-dinov3": (SIGLIP, DINOV3),
+    "registers-siglip": ({**DINOV2_REGISTERS, "image_size": 32}, SIGLIP),
+}
 
 
 def mixture(first: dict, second: dict, **fields: object) -> dict:
@@ -41,7 +47,7 @@ def pixels(side: int = 32) -> torch.Tensor:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("first,second", PAIRS, ids=["clip-dinov2", "deeper-first", "smaller-patches"])
+@pytest.mark.parametrize("first,second", PAIRS.values(), ids=PAIRS)
 def test_it_is_its_two_towers_each_on_its_own_pixels(first: dict, second: dict) -> None:
     model, _, _ = made(mixture(first, second))
     tower, parts = model.model.vision_tower, []

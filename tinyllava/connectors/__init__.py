@@ -19,6 +19,8 @@ A connector that the original TinyLLaVA Factory had, under other names, also def
     from_original(state: dict) -> dict             # the original's weights, named as they follow `_connector.` in its
                                                    # files, under our names (default: they are the same)
 
+A recipe may name one that stands outside the package, as `my_pkg.my_module:Connector` (docs/add-your-own-connector.md).
+
 Initialisation: after `__init__`, every Linear, Conv and norm is set as the LLM's own are (Linear: N(0, its
 `initializer_range`), bias 0). A parameter of the connector itself, such as learned queries, stays as `__init__` drew
 it; the recipe's seed covers both.

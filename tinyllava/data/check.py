@@ -25,6 +25,7 @@ from tinyllava.data.images import Reference, is_file_reference, problem_with
 from tinyllava.data.sample import SampleError
 from tinyllava.data.sources import Source, read
 from tinyllava.data.template import Template
+from tinyllava.data.tiles import Tiles
 
 KINDS = {
     "no_conversation": "record without a conversation",
@@ -90,6 +91,7 @@ def check(
     max_length: int | None = None,
     progress: bool = True,
     cache_dir: str | Path | None = None,
+    tiles: Tiles | None = None,
 ) -> Report:
     """Read all of `specs` (a string is a data file). Lengths need the template, the tokenizer and both numbers.
 
@@ -97,7 +99,7 @@ def check(
     """
     encoder = None
     if template is not None and tokenizer is not None and tokens_per_image is not None and max_length is not None:
-        encoder = Encoder(template, tokenizer, tokens_per_image, max_length)
+        encoder = Encoder(template, tokenizer, tokens_per_image, max_length, tiles)
     sources = [read(DataSpec(path=spec) if isinstance(spec, str) else spec, cache_dir) for spec in specs]
     report = Report()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -131,11 +133,12 @@ def _check_source(source: Source, encoder: Encoder | None, report: Report, bar: 
             if encoder is None:
                 sample.check()
             else:
-                row = encoder.encode(sample)
+                row = encoder.encode(sample, source.roots)
                 if row["shortened"]:
                     add("shortened", sample.id, f"more than {encoder.max_length} positions; {row['detail']}")
         except SampleError as error:
-            add(error.kind, record["id"], error.text)
+            if error.kind not in ("missing_image", "unreadable_image"):  # every picture is decoded below
+                add(error.kind, record["id"], error.text)
     for identity, count in seen.items():
         if count > 1:
             add("duplicate_id", identity, f"{count} records have it")

@@ -1,11 +1,25 @@
 """Collator: items of a dataset -> one padded batch. Only copies: decoding and tokenising happened in the dataset.
 
-B: samples, L: the longest sample's positions, N: pictures of the whole batch, in order of their samples.
+B: samples, L: the longest sample's positions, N: views of all pictures of the batch, in order of their samples. A
+picture that is not cut into tiles is one view.
 """
 
 from typing import Any
 
 import torch
+from PIL import Image
+
+from tinyllava.data.images import Pixels
+from tinyllava.data.tiles import Grid
+
+
+def picture_inputs(pixels: Pixels, images: list[Image.Image], grids: list[Grid] | None) -> dict[str, Any]:
+    """The pictures of an item, as the Collator takes them. `grids` only where pictures are cut into tiles."""
+    if not images:
+        return {"pixel_values": None}
+    if grids is None:
+        return {"pixel_values": pixels(images)}
+    return {"pixel_values": pixels(images, grids), "image_grids": torch.tensor(grids)}
 
 
 class Collator:
@@ -20,7 +34,8 @@ class Collator:
     def __call__(self, items: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """{"input_ids", "attention_mask", "labels": [B, L], "pixel_values": uint8 [N, 3, H, W], "index": [B]}, int64
 
-        "pixel_values" is absent if no sample has a picture; "skipped" (bool [B]) is there if a worker blanked a sample.
+        "pixel_values" is absent if no sample has a picture; with tiles "image_grids" [pictures, 2] is beside it;
+        "skipped" (bool [B]) is there if a worker blanked a sample.
         """
         lengths = torch.tensor([len(item["input_ids"]) for item in items])
         shape = (len(items), int(lengths.max()))
@@ -38,6 +53,9 @@ class Collator:
         pictures = [item["pixel_values"] for item in items if item["pixel_values"] is not None]
         if pictures:
             batch["pixel_values"] = torch.cat(pictures)
+        grids = [item["image_grids"] for item in items if "image_grids" in item]
+        if grids:
+            batch["image_grids"] = torch.cat(grids)
         skipped = [bool(item.get("skipped")) for item in items]
         if any(skipped):
             batch["skipped"] = torch.tensor(skipped)

@@ -22,6 +22,7 @@ from PIL import Image
 
 from tinyllava.config import DataSpec
 from tinyllava.data.cache import cache_root, digest, locked
+from tinyllava.data.collate import picture_inputs
 from tinyllava.data.encode import FEATURES, Encoder, encode_table, expand
 from tinyllava.data.images import Pixels, blank, open_image
 from tinyllava.data.sample import SampleError
@@ -30,6 +31,7 @@ from tinyllava.data.sources import Source, read
 from tinyllava.data.spans import IGNORE
 from tinyllava.data.streaming import StreamingDataset
 from tinyllava.data.template import Template
+from tinyllava.data.tiles import Grid, Tiles, draft_size, image_tokens
 from tinyllava.errors import UserError
 
 RECORDS_PER_PROCESS = 5_000  # five seconds of tokenising; a process takes one to start
@@ -59,6 +61,7 @@ class SupervisedDataset(torch.utils.data.Dataset):
         self.rows, self.origins, self.index = rows.with_format("arrow"), origins, index
         self.starts = np.cumsum([0, *map(len, origins)])  # rows of origin k: starts[k] to starts[k + 1]
         self.image_token, self.tokens_per_image = encoder.image_token, encoder.tokens_per_image
+        self.tiled = encoder.tiles is not None
         self.pixels, self.on_bad_sample, self.draft = pixels, on_bad_sample, draft
         self.fingerprint, self.report, self.sources = fingerprint, report, sources
 
@@ -81,7 +84,9 @@ class SupervisedDataset(torch.utils.data.Dataset):
         return {key: value for key, value in self.__dict__.items() if key not in ("lengths", "supervised")}
 
     def __getitem__(self, i: int) -> dict[str, Any]:
-        """{"input_ids": int64 [L], "labels": int64 [L], "pixel_values": uint8 [n, 3, H, W] or None, "index": i}
+        """{"input_ids": int64 [L], "labels": int64 [L], "pixel_values": uint8 [views, 3, H, W] or None, "index": i}
+
+        With tiles "image_grids" is there too: int64 [n, 2], rows and columns of each picture.
 
         With `on_bad_sample="skip"` a picture that cannot be read leaves the item in its place, nothing supervised and
         "skipped": True, so the plan of the step stands and the trainer counts it. With "error" it raises UserError.
@@ -89,8 +94,9 @@ class SupervisedDataset(torch.utils.data.Dataset):
         row = int(self.index[i])
         cells = self.rows[row]
         ids, labels = (cells[name].combine_chunks().flatten().to_numpy() for name in ("input_ids", "labels"))
-        ids, labels = expand(ids, labels, self.image_token, self.tokens_per_image)
-        images, error = self._open(row, cells["images"][0].as_py())
+        grids = cells["grids"][0].as_py()
+        ids, labels = expand(ids, labels, self.image_token, image_tokens(self.tokens_per_image, grids))
+        images, error = self._open(row, cells["images"][0].as_py(), grids)
         if error is not None:
             if self.on_bad_sample == "error":
                 raise WorkerError(bad_record(cells["id"][0].as_py(), error))
@@ -98,7 +104,7 @@ class SupervisedDataset(torch.utils.data.Dataset):
         return {
             "input_ids": torch.from_numpy(ids.astype(np.int64)),
             "labels": torch.from_numpy(labels.astype(np.int64)),
-            "pixel_values": self.pixels(images) if images else None,
+            **picture_inputs(self.pixels, images, grids if self.tiled else None),
             "index": i,
             **({"skipped": True} if error is not None else {}),
         }
@@ -106,7 +112,8 @@ class SupervisedDataset(torch.utils.data.Dataset):
     def images(self, i: int) -> list[Image.Image]:
         """The pictures of sample `i`, as they come from disk; blank where one cannot be read."""
         row = int(self.index[i])
-        return self._open(row, self.rows[row]["images"][0].as_py())[0]
+        cells = self.rows[row]
+        return self._open(row, cells["images"][0].as_py(), cells["grids"][0].as_py())[0]
 
     def subset(self, index: np.ndarray, name: str) -> "SupervisedDataset":
         """The samples at `index` of `rows`; `name` tells its fingerprint from this one's."""
@@ -114,16 +121,18 @@ class SupervisedDataset(torch.utils.data.Dataset):
         part.__dict__ = {**self.__getstate__(), "index": index, "fingerprint": digest(self.fingerprint, name)}
         return part
 
-    def _open(self, row: int, references: list[str | None]) -> tuple[list[Image.Image], SampleError | None]:
+    def _open(
+        self, row: int, references: list[str | None], grids: list[Grid]
+    ) -> tuple[list[Image.Image], SampleError | None]:
         origin = int(np.searchsorted(self.starts, row, side="right")) - 1
         source = self.origins[origin]
         if None in references:  # pictures inside the record
             record = source.record(row - int(self.starts[origin]))
             references = source.to_sample(record).images[: len(references)]
         images, first_error = [], None
-        for reference in references:
+        for reference, grid in zip(references, grids, strict=True):
             try:
-                images.append(open_image(reference, source.roots, draft=self.draft))
+                images.append(open_image(reference, source.roots, draft=draft_size(self.draft, grid)))
             except SampleError as error:
                 images.append(blank())
                 first_error = first_error or error
@@ -157,14 +166,15 @@ def build_dataset(
     seed: int = 0,
     cache_dir: str | Path | None = None,
     draft: int | None = None,
+    tiles: Tiles | None = None,
 ) -> "SupervisedDataset | StreamingDataset":
     """Everything in `specs`, checked and tokenised: a SupervisedDataset, or a StreamingDataset if the specs stream.
 
     A spec's `weight` repeats it (2.0: twice an epoch) or draws from it (0.3: a seeded 30 %). Bad samples raise
     UserError with counts and first ids, unless `on_bad_sample="skip"`: then they are dropped and counted in `report`.
-    `draft`: see `open_image`; twice the side of the model's input is safe.
+    `draft`: pixels of a view's side that are of use (see `open_image`); twice the side of the model's input is safe.
     """
-    encoder = Encoder(template, tokenizer, tokens_per_image, max_length)
+    encoder = Encoder(template, tokenizer, tokens_per_image, max_length, tiles)
     origins = [read(spec, cache_dir) for spec in specs]
     if any(source.streaming for source in origins):
         return StreamingDataset(
@@ -213,12 +223,12 @@ def _counts(report: Report) -> str:
 
 def encoded(source: Source, encoder: Encoder, cache: Path) -> datasets.Dataset:
     """The tokenised rows of `source`, one for one, from the cache or made now."""
-    key = digest(source.key, encoder.key())
+    key = digest(source.key, encoder.key(), *(source.roots if encoder.tiles else []))  # whose pictures were measured
     target = cache / "tokenised" / f"{key}.arrow"
     processes = min(len(source) // RECORDS_PER_PROCESS, os.cpu_count() or 1)
     with locked(target), _bars(len(source) >= RECORDS_PER_PROCESS and sys.stderr.isatty()):
-        return source.records.map(
-            partial(encode_table, encoder=encoder, to_sample=source.to_sample),
+        table = source.records.map(
+            partial(encode_table, encoder=encoder, to_sample=source.to_sample, roots=source.roots),
             batched=True,
             batch_size=200,
             with_indices=True,
@@ -229,6 +239,9 @@ def encoded(source: Source, encoder: Encoder, cache: Path) -> datasets.Dataset:
             new_fingerprint=key,
             desc=f"Tokenising {source.path}",
         ).with_format(None)
+        if encoder.tiles and {"missing_image", "unreadable_image"} & set(table.unique("problem")):
+            target.unlink(missing_ok=True)  # the file may be there, and whole, next time
+        return table
 
 
 @contextmanager

@@ -5,7 +5,7 @@ A bad record is a row too, with its `problem` and `detail`, so that a second run
 
 import inspect
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,20 +14,23 @@ import numpy as np
 from datasets import Features, List, Value
 
 from tinyllava.data.cache import digest
-from tinyllava.data.images import Reference, is_file_reference
+from tinyllava.data.images import Reference, image_size, is_file_reference
 from tinyllava.data.sample import IMAGE_TOKEN, Sample, SampleError
 from tinyllava.data.sources import rows_of
 from tinyllava.data.spans import IGNORE
 from tinyllava.data.template import Template, image_token_id
+from tinyllava.data.tiles import Grid, Tiles, image_tokens
 
-CODE = ("sample.py", "template.py", "spans.py", "encode.py")  # what decides the ids and labels of a record
+# What decides the row of a record.
+CODE = ("sample.py", "template.py", "spans.py", "encode.py", "images.py", "tiles.py")
 FEATURES = Features(
     {
         "id": Value("string"),
         "input_ids": List(Value("int32")),
         "labels": List(Value("int32")),
         "images": List(Value("string")),  # null: the picture lies inside the record
-        "length": Value("int32"),  # after every <image> id has become tokens_per_image positions
+        "grids": List(List(Value("int32"))),  # rows and columns of each picture's tiles; [1, 1]: none
+        "length": Value("int32"),  # after every <image> id has become as many positions as its picture takes
         "supervised": Value("int32"),  # tokens that the loss sees: labels[1:] != -100
         "shortened": Value("bool"),
         "problem": Value("string"),  # null: a good sample
@@ -38,20 +41,25 @@ FEATURES = Features(
 
 @dataclass
 class Encoder:
-    """Tokenises samples with a template; one over `max_length` positions loses whole rounds from its end."""
+    """Tokenises samples with a template; one over `max_length` positions loses whole rounds from its end.
+
+    With `tiles` every picture's header is read, as its size says how many views of `tokens_per_image` it has.
+    """
 
     template: Template
     tokenizer: Any
     tokens_per_image: int
     max_length: int
+    tiles: Tiles | None = None
 
     def __post_init__(self) -> None:
         self.image_token = image_token_id(self.tokenizer)
 
     def identity(self) -> str:
-        """A hash of what decides ids and labels: the template, the tokenizer and the two numbers."""
-        tokenizer = tokenizer_hash(self.tokenizer)
-        return digest(self.template.source, self.template.compat, tokenizer, self.tokens_per_image, self.max_length)
+        """A hash of what decides ids and labels: the template, the tokenizer, the two numbers and the tiles."""
+        tokenizer, tiles = tokenizer_hash(self.tokenizer), [self.tiles] if self.tiles else []
+        template = (self.template.source, self.template.compat)
+        return digest(*template, tokenizer, self.tokens_per_image, self.max_length, *tiles)
 
     def key(self) -> str:
         """Names caches of encoded rows: `identity`, and the code that encodes (a stale cache would be silent)."""
@@ -62,26 +70,30 @@ class Encoder:
         code = (Path(__file__).with_name(file).read_bytes() for file in CODE)
         return digest(self.identity(), self.template.name, own_code, *code)
 
-    def encode(self, sample: Sample) -> dict[str, Any]:
-        """The row of a sample. Raises SampleError for one that cannot be trained on."""
+    def encode(self, sample: Sample, roots: Sequence[str] = ()) -> dict[str, Any]:
+        """The row of a sample, its pictures under `roots`. Raises SampleError for one that cannot be trained on."""
         sample = self.template.adapt(sample)
         sample.check()
-        row = self._row(sample)
+        grids = [self.tiles.grid(image_size(image, roots)) if self.tiles else (1, 1) for image in sample.images]
+        row = self._row(sample, grids)
         if row["length"] > self.max_length:
-            row = self._shortened(sample, row["length"])
+            row = self._shortened(sample, grids, row["length"])
         if not row["supervised"]:
             raise SampleError("nothing_to_learn", "the template supervises no token of it", sample.id)
         return row
 
-    def row(self, record: dict[str, Any], to_sample: Callable[[dict], Sample]) -> dict[str, Any]:
+    def row(
+        self, record: dict[str, Any], to_sample: Callable[[dict], Sample], roots: Sequence[str] = ()
+    ) -> dict[str, Any]:
         """The row of a raw record, be it good or bad."""
         try:
-            return self.encode(to_sample(record))
+            return self.encode(to_sample(record), roots)
         except SampleError as error:
-            nothing = {"input_ids": [], "labels": [], "images": [], "length": 0, "supervised": 0, "shortened": False}
-            return {"id": record["id"], **nothing, "problem": error.kind, "detail": error.text}
+            lists = {"input_ids": [], "labels": [], "images": [], "grids": []}
+            numbers = {"length": 0, "supervised": 0, "shortened": False}
+            return {"id": record["id"], **lists, **numbers, "problem": error.kind, "detail": error.text}
 
-    def _row(self, sample: Sample) -> dict[str, Any]:
+    def _row(self, sample: Sample, grids: list[Grid]) -> dict[str, Any]:
         encoded = self.template.encode(sample, self.tokenizer)
         ids, labels = encoded["input_ids"], encoded["labels"]
         pictures = ids.count(self.image_token)
@@ -93,28 +105,32 @@ class Encoder:
             "input_ids": ids,
             "labels": labels,
             "images": [stored_reference(image) for image in sample.images],
-            "length": len(ids) + pictures * (self.tokens_per_image - 1),
+            "grids": [list(grid) for grid in grids],
+            "length": len(ids) - pictures + sum(image_tokens(self.tokens_per_image, grids)),
             "supervised": sum(label != IGNORE for label in labels[1:]),
             "shortened": False,
             "problem": None,
             "detail": None,
         }
 
-    def _shortened(self, sample: Sample, length: int) -> dict[str, Any]:
+    def _shortened(self, sample: Sample, grids: list[Grid], length: int) -> dict[str, Any]:
         """As many leading rounds as fit; a picture or an answer is never cut."""
         starts = [at for at, message in enumerate(sample.messages) if message.role == "user"]
         best = None
         low, high = 1, len(starts) - 1  # rounds kept
         while low <= high:  # length grows with the rounds: bisect
             middle = (low + high) // 2
-            row = self._row(first_rounds(sample, starts[middle]))
+            kept = first_rounds(sample, starts[middle])
+            row = self._row(kept, grids[: len(kept.images)])
             if row["length"] <= self.max_length:
                 best, low = {**row, "shortened": True, "detail": f"kept {middle} of {len(starts)} rounds"}, middle + 1
             else:
                 high = middle - 1
         if best is None:
-            pictures = f"{len(sample.images)} x {self.tokens_per_image} for pictures"
-            text = f"{length} positions ({pictures}); its first round alone is over max_length {self.max_length}"
+            each = " + ".join(map(str, image_tokens(self.tokens_per_image, grids))) or "0"
+            pictures = each if self.tiles else f"{len(grids)} x {self.tokens_per_image}"
+            text = f"{length} positions ({pictures} for pictures)"
+            text += f"; its first round alone is over max_length {self.max_length}"
             raise SampleError("too_long", text, sample.id)
         return best
 
@@ -133,18 +149,21 @@ def stored_reference(image: Reference) -> str | None:
     return image if isinstance(image, str) and (is_file_reference(image) or image.startswith("http")) else None
 
 
-def encode_table(table: Any, rows: list[int], encoder: Encoder, to_sample: Callable) -> dict[str, list]:
+def encode_table(
+    table: Any, rows: list[int], encoder: Encoder, to_sample: Callable, roots: Sequence[str]
+) -> dict[str, list]:
     """For `Dataset.map` over Arrow-formatted records: a table of records -> columns of rows."""
-    encoded = [encoder.row(record, to_sample) for record in rows_of(table, rows[0])]
+    encoded = [encoder.row(record, to_sample, roots) for record in rows_of(table, rows[0])]
     return {column: [row[column] for row in encoded] for column in FEATURES}
 
 
 def expand(
-    ids: np.ndarray, labels: np.ndarray, image_token: int, tokens_per_image: int
+    ids: np.ndarray, labels: np.ndarray, image_token: int, counts: int | Sequence[int]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Every <image> id becomes `tokens_per_image` of them, unsupervised. [l], [l] -> [L], [L]"""
+    """The n-th <image> id becomes `counts[n]` of them, unsupervised. [l], [l] -> [L], [L]"""
     is_image = ids == image_token
-    repeats = np.where(is_image, tokens_per_image, 1)
+    repeats = np.ones(len(ids), dtype=np.int64)
+    repeats[is_image] = counts
     return np.repeat(ids, repeats), np.repeat(np.where(is_image, IGNORE, labels), repeats)
 
 

@@ -13,18 +13,20 @@ import urllib.error
 import urllib.request
 import warnings
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from tinyllava.data.sample import SampleError
 
 if TYPE_CHECKING:
     import torch
 
-Pixels = Callable[[list[Image.Image]], "torch.Tensor"]  # what a model's processor does: uint8 [n, 3, H, W]
+# What a model's processor does: pictures, and the grids of those cut into tiles -> uint8 [views, 3, H, W]
+Pixels = Callable[..., "torch.Tensor"]
 Reference = str | bytes | dict[str, Any] | Image.Image
 SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".webp")
 # What Pillow's decoders raise on damaged files, over all formats.
@@ -32,22 +34,38 @@ DAMAGED = (OSError, SyntaxError, ValueError, EOFError, IndexError, OverflowError
 URL_TIMEOUT = 30  # seconds
 
 
-def open_image(reference: Reference, roots: Sequence[str] = (), *, draft: int | None = None) -> Image.Image:
+def open_image(reference: Reference, roots: Sequence[str] = (), *, draft: tuple[int, int] | None = None) -> Image.Image:
     """The picture as upright RGB.
 
-    `draft` is the smallest side, in pixels, that is still of use: a larger JPEG is then decoded at 1/2, 1/4 or 1/8 of
-    its size, never below `draft`, several times faster. Raises SampleError (missing_image, unreadable_image).
+    `draft` is the smallest width and height, in pixels, that are still of use: a larger JPEG is then decoded at 1/2,
+    1/4 or 1/8 of its size, never below `draft`, several times faster. Raises SampleError (missing_image,
+    unreadable_image).
     """
     if isinstance(reference, Image.Image):
         return _upright_rgb(reference)
+    with _opened(reference, roots) as image:
+        if draft:
+            image.draft("RGB", draft[::-1] if _lies(image) else draft)
+        return _upright_rgb(image)
+
+
+def image_size(reference: Reference, roots: Sequence[str] = ()) -> tuple[int, int]:
+    """Width and height of the picture that `open_image` gives, without decoding it. Raises like `open_image`."""
+    if isinstance(reference, Image.Image):
+        return reference.size[::-1] if _lies(reference) else reference.size
+    with _opened(reference, roots) as image:
+        return image.size[::-1] if _lies(image) else image.size
+
+
+@contextmanager
+def _opened(reference: Reference, roots: Sequence[str]) -> Iterator[Image.Image]:
+    """The picture before it is decoded; what its decoder raises becomes a SampleError."""
     name, stream = _stream(reference, roots)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # odd EXIF and large pictures; what matters raises
             with Image.open(stream) as image:
-                if draft:
-                    image.draft("RGB", (draft, draft))
-                return _upright_rgb(image)
+                yield image
     except (*DAMAGED, Image.DecompressionBombError) as error:
         problem = "is not a picture" if isinstance(error, UnidentifiedImageError) else f"cannot be decoded ({error})"
         raise SampleError("unreadable_image", f"picture {name} {problem}") from None
@@ -75,7 +93,7 @@ def absent(reference: str, roots: Sequence[str]) -> SampleError | None:
     path = locate(reference, roots)
     if path is None:
         return _missing(reference, roots)
-    return SampleError("unreadable_image", f"picture {path} has zero bytes") if path.stat().st_size == 0 else None
+    return SampleError("unreadable_image", _empty(path)) if path.stat().st_size == 0 else None
 
 
 def problem_with(reference: Reference, roots: Sequence[str] = ()) -> tuple[str, str] | None:
@@ -109,7 +127,7 @@ def _stream(reference: str | bytes | dict[str, Any], roots: Sequence[str]) -> tu
     if not isinstance(reference, bytes):
         raise SampleError("unreadable_image", f"a picture must be a path, URL or bytes, not {type(reference).__name__}")
     if not reference:
-        raise SampleError("unreadable_image", f"picture {name} has zero bytes")
+        raise SampleError("unreadable_image", _empty(name))
     return name, io.BytesIO(reference)
 
 
@@ -131,6 +149,33 @@ def _missing(reference: str, roots: Sequence[str]) -> SampleError:
     other = next((found for suffix in SUFFIXES if (found := locate(stem + suffix, roots))), None)
     hint = f" (there is {other})" if other else ""
     return SampleError("missing_image", f"picture {reference} not found{where}{hint}")
+
+
+def _empty(name: object) -> str:
+    return f"picture {name} has zero bytes (a download or copy that broke off? get it again)"
+
+
+def _lies(image: Image.Image) -> bool:
+    """Whether EXIF says that the picture lies on its side, so that width and height change places."""
+    if image.format == "PNG" and "exif" not in image.info and _pixels_come_last(image.fp):
+        return False
+    return image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+
+
+def _pixels_come_last(png: IO[bytes] | None) -> bool:
+    """Whether nothing but its end follows the pixels of a PNG; else Pillow decodes them, to look for EXIF there."""
+    if png is None:  # decoded already
+        return False
+    before, seen = png.tell(), False
+    png.seek(8)
+    while len(head := png.read(8)) == 8:
+        length, kind = struct.unpack(">I4s", head)
+        if seen and kind != b"IDAT":
+            break
+        seen = kind == b"IDAT"
+        png.seek(length + 4, os.SEEK_CUR)  # its content and checksum
+    png.seek(before)
+    return seen and head[4:] == b"IEND"
 
 
 def _upright_rgb(image: Image.Image) -> Image.Image:

@@ -73,9 +73,10 @@ class Sample:
             messages.append(Message(_role(turn.get("role"), sample_id), text))
         return cls(messages, images + waiting, sample_id)
 
-    def to_messages(self) -> list[dict[str, str]]:
-        """As chat templates take it: `[{"role", "content"}]` with `<image>` in the content."""
-        return [{"role": message.role, "content": message.text} for message in self.messages]
+    def to_messages(self, parts: bool = False) -> list[dict[str, Any]]:
+        """As chat templates take it: `[{"role", "content"}]` with `<image>` in the content, or a list of `parts`."""
+        content = _parts if parts else str
+        return [{"role": message.role, "content": content(message.text)} for message in self.messages]
 
     def check(self) -> None:
         """Raise SampleError unless it can be trained on: turns in order, all answered, as many `<image>` as images."""
@@ -133,6 +134,15 @@ def _part(part: Any, sample_id: str) -> tuple[str, list[Any]]:
     if isinstance(found, dict) and found.get("url"):
         found = found["url"]
     return IMAGE_PART, [] if found is None else [found]
+
+
+def _parts(text: str) -> list[dict[str, str]]:
+    """`<image>` and its line break as an image part, whose line break is the template's own, and a text part."""
+    first, *rest = text.split(IMAGE_TOKEN)
+    parts = [{"type": "text", "text": first}]
+    for piece in rest:
+        parts += [{"type": "image"}, {"type": "text", "text": piece.removeprefix("\n")}]
+    return [part for part in parts if part.get("text") != ""]
 
 
 def _role(name: Any, sample_id: str) -> str:

@@ -17,13 +17,15 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from tinyllava.data.sample import IMAGE_PART, IMAGE_TOKEN, Message, Sample, SampleError
 from tinyllava.errors import UserError
+from tinyllava.factory import Factory
 
 log = logging.getLogger("tinyllava")
 
 IGNORE = -100  # what torch's cross entropy skips
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 END_OF_TURN = re.compile(r'(?<=set end_of_turn = )"([^"]*)"')  # how our templates state theirs
-REMEDY = "Mark what the model must produce with {% generation %} in a copy of it, or use another template."
+OURS = ", ".join(Factory("templates").names())
+REMEDY = f"Mark what the model must produce with {{% generation %}} in a copy of it, or use one of ours: {OURS}."
 Span = tuple[int, int]  # characters [begin, end) of the rendered text
 Tokenize = Callable[[str, Any], tuple[list[int], list[Span]]]
 
@@ -50,7 +52,7 @@ def render(source: str, sample: Sample, tokenizer: Any, prompt: bool = False) ->
     """The text that `apply_chat_template` makes of the sample, and its `{% generation %}` spans (if it has the tag)."""
     try:
         texts, spans = render_jinja_template(
-            [sample.to_messages()],
+            [sample.to_messages(parts=wants_parts(source))],
             chat_template=source,
             add_generation_prompt=prompt,
             return_assistant_tokens_mask=bool(GENERATION.search(source)),
@@ -61,6 +63,16 @@ def render(source: str, sample: Sample, tokenizer: Any, prompt: bool = False) ->
     except TemplateError as error:
         raise SampleError("template", f"the template refuses it: {error}", sample.id) from None
     return texts[0], spans[0] if spans else []
+
+
+@lru_cache(maxsize=16)
+def wants_parts(source: str) -> bool:
+    """Whether a template reads content only as a list of parts, as llava-hf's do: a plain text leaves no trace."""
+    try:
+        text, _ = render_jinja_template([[PROBE.to_messages()[0]]], chat_template=source)
+    except TemplateError:
+        return False
+    return PROBE.messages[0].text not in text[0]
 
 
 def render_fitted(fit: Fit, sample: Sample, tokenizer: Any, prompt: bool = False) -> tuple[str, list[Span]]:
@@ -157,7 +169,10 @@ def _fit(name: str, source: str, tokenizer: Any, tokenize: Tokenize | None) -> F
     rest = text[text.rfind(answer) + len(answer) : spans[-1][1] if spans else None]
     specials = [token for token in tokenizer.get_added_vocab() if rest.lstrip().startswith(token)]
     tagged = bool(GENERATION.search(source))
-    fitted = Fit(source, max(specials, key=len) if specials else rest if tagged else "", tagged)
+    said = rest if tagged and rest.strip(" ") else ""  # a space ends no turn
+    fitted = Fit(source, max(specials, key=len) if specials else said, tagged)
+    if tokenize and not fitted.end_of_turn and not tagged:
+        raise UserError(f"template '{name}' ends a turn with {rest!r}: no special token of this tokenizer. {REMEDY}")
     if tokenize:
         _verify(name, fitted, tokenizer, tokenize)
     return fitted
@@ -168,9 +183,10 @@ def _verify(name: str, fit: Fit, tokenizer: Any, tokenize: Tokenize) -> None:
     end = fit.end_of_turn.strip()
     if re.fullmatch(r"<[^<>\s]+>", end) and not has_token(tokenizer, end):
         own = repr(tokenizer.eos_token) if tokenizer.eos_token else "none"
-        raise UserError(f"template '{name}' ends turns with {end!r}, no token of this tokenizer (its own EOS: {own}).")
-    if not fit.end_of_turn and not fit.tagged:
-        raise UserError(f"template '{name}' ends a turn with no special token of this tokenizer. {REMEDY}")
+        raise UserError(
+            f"template '{name}' ends turns with {end!r}, no token of this tokenizer (its own EOS: {own})."
+            f" Write eos_token in a copy of it, or use one of ours: {OURS}."
+        )
     if not fit.end_of_turn:
         log.warning("template '%s' has no end-of-turn inside {%% generation %%}: its models will not stop", name)
 
@@ -193,5 +209,6 @@ def _verify(name: str, fit: Fit, tokenizer: Any, tokenize: Tokenize) -> None:
         if ids[: len(prompt_ids)] != prompt_ids:
             raise UserError(
                 f"template '{name}': the tokenizer makes one token of the prompt's end {prompt[-16:]!r} and what "
-                "follows. End the prompt with a special token, or move its last space inside {% generation %}."
+                f"follows. End the prompt with a special token, move its last space inside {{% generation %}}, or use "
+                f"one of ours: {OURS}."
             )

@@ -10,16 +10,19 @@ import numpy as np
 import torch
 
 from tinyllava.config import DataSpec
+from tinyllava.data.collate import picture_inputs
 from tinyllava.data.encode import Encoder, expand
 from tinyllava.data.images import Pixels, open_image
 from tinyllava.data.sample import Sample, SampleError
 from tinyllava.data.screen import Report, WorkerError, bad_record, note
 from tinyllava.data.sources import Source
+from tinyllava.data.tiles import draft_size, image_tokens
 from tinyllava.errors import UserError
 
 
 class StreamingDataset(torch.utils.data.IterableDataset):
-    """Items as SupervisedDataset gives them, in order; several sources are interleaved in proportion to their weights.
+    """Items as SupervisedDataset gives them, shuffled over a thousand at a time and by shards; several sources are
+    interleaved in proportion to their weights. The order is always the same, so a run goes on by skipping.
 
     `report` counts what this process dropped. DataLoader workers share a stream by its shards, as `datasets` does it: a
     stream of one shard is read by one worker.
@@ -64,7 +67,7 @@ class StreamingDataset(torch.utils.data.IterableDataset):
             index += 1
 
     def _records(self) -> Iterator[tuple[Source, dict[str, Any]]]:
-        streams = [source.iterate() for source in self.origins]
+        streams = [source.iterate(self.seed) for source in self.origins]
         open_streams = list(range(len(streams)))
         random = np.random.default_rng(self.seed)
         while open_streams:
@@ -77,16 +80,18 @@ class StreamingDataset(torch.utils.data.IterableDataset):
                 yield self.origins[chosen], record
 
     def _item(self, source: Source, sample: Sample) -> dict[str, Any]:
-        row = self.encoder.encode(sample)
+        encoder, row = self.encoder, self.encoder.encode(sample, source.roots)
         if row["shortened"]:
             note(self.report, "shortened", sample.id, row["detail"])
-        ids, labels = expand(
-            np.array(row["input_ids"]), np.array(row["labels"]), self.encoder.image_token, self.encoder.tokens_per_image
-        )
-        shown = sample.images[: len(row["images"])]  # shortening may have dropped the last ones
-        images = [open_image(image, source.roots, draft=self.draft) for image in shown]
+        grids = row["grids"]  # shortening may have dropped the last pictures
+        counts = image_tokens(encoder.tokens_per_image, grids)
+        ids, labels = expand(np.array(row["input_ids"]), np.array(row["labels"]), encoder.image_token, counts)
+        images = [
+            open_image(image, source.roots, draft=draft_size(self.draft, grid))
+            for image, grid in zip(sample.images, grids, strict=False)
+        ]
         return {
             "input_ids": torch.from_numpy(ids),
             "labels": torch.from_numpy(labels),
-            "pixel_values": self.pixels(images) if images else None,
+            **picture_inputs(self.pixels, images, grids if encoder.tiles else None),
         }

@@ -18,7 +18,7 @@ from typing import Any
 from transformers import AddedToken
 
 from tinyllava.data.sample import IMAGE_PART, IMAGE_TOKEN, Message, Sample
-from tinyllava.data.spans import Fit, Span, fit, has_token, mask, render, render_fitted
+from tinyllava.data.spans import OURS, Fit, Span, fit, has_token, mask, render, render_fitted
 from tinyllava.errors import UserError
 from tinyllava.factory import Factory
 
@@ -100,6 +100,20 @@ class Template:
         """The format tried with this tokenizer, once. Raises UserError where labels could not be exact."""
         require_fast(tokenizer)
         return fit(self.name, self.source or native_source(tokenizer), tokenizer, self.tokenize)
+
+
+class ServedTemplate(Template):
+    """The chat template of somebody else's checkpoint: asked as it is, tried for exact labels when it is trained on.
+
+    llava-hf's cannot be: their prompt ends before the space that their answers begin after.
+    """
+
+    def encode(self, sample: Sample, tokenizer: Any) -> dict[str, list[int]]:
+        Template.fit(self, tokenizer)
+        return super().encode(sample, tokenizer)
+
+    def fit(self, tokenizer: Any) -> Fit:
+        return fit(self.name, native_source(tokenizer), tokenizer, None)
 
 
 class CompatTemplate(Template):
@@ -196,7 +210,10 @@ def native_source(tokenizer: Any) -> str:
     try:
         return tokenizer.get_chat_template()
     except ValueError:
-        raise UserError("template 'native' needs a tokenizer with a chat template, and this one has none.") from None
+        raise UserError(
+            "template 'native' needs a tokenizer with a chat template, and this one has none."
+            f" Name one of ours in model.template: {OURS}."
+        ) from None
 
 
 def read(path: Path) -> str:

@@ -4,6 +4,7 @@ loading cannot:
 class LLM:
     template: str               # the template used when a recipe names none
 
+A recipe may name one that stands outside the package, as `family: my_pkg.my_module:LLM` (docs/add-your-own-llm.md).
 All files are imported before any part is loaded. One whose model transformers lacks defines its config and model
 classes as well and registers them with the Auto classes (openelm.py).
 """

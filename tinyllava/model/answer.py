@@ -31,6 +31,13 @@ class Reader(NamedTuple):
             return cls(tokenizer, frozenset({*ids, tokenizer.convert_tokens_to_ids(end)}), "")
         return cls(tokenizer, frozenset(ids), end)
 
+    def has_ended(self, ids: list[int]) -> bool:
+        """Whether the last of these ids ends the answer."""
+        if ids[-1] in self.end_ids or not self.end_text:
+            return ids[-1] in self.end_ids
+        tail = ids[-4 * len(self.end_text) :]  # a character can be four bytes, and each a token
+        return self.end_text in self.tokenizer.decode(tail, clean_up_tokenization_spaces=False)
+
     def text(self, ids: list[int]) -> str:
         """The answer up to its end, without the space around it."""
         end = next((at for at, token in enumerate(ids) if token in self.end_ids), len(ids))

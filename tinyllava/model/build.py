@@ -17,26 +17,38 @@ from torch import Tensor, nn
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
+    BaseImageProcessor,
     PreTrainedConfig,
     PreTrainedModel,
     set_seed,
 )
+from transformers.image_processing_base import ImageProcessingMixin
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from tinyllava.config import ModelSpec, VisionTowerSpec
-from tinyllava.data.sample import Sample
+from tinyllava.data.sample import IMAGE_TOKEN, Sample
+from tinyllava.data.spans import has_token
 from tinyllava.data.template import Template, add_image_token
 from tinyllava.errors import UserError
 from tinyllava.factory import Factory
-from tinyllava.model.modeling import TinyLlavaConfig, TinyLlavaForConditionalGeneration
-from tinyllava.model.parts import fit_vocabulary, hub_answers, load_part, load_tokenizer, part_config, tower_names
-from tinyllava.model.processor import TinyLlavaProcessor, build_processor, image_processor
+from tinyllava.model.configuration import TinyLlavaConfig
+from tinyllava.model.image_processor import is_code, llava_image_processor, own_image_processor, read_fields
+from tinyllava.model.modeling import TinyLlavaForConditionalGeneration, make_connector
+from tinyllava.model.parts import (
+    fit_vocabulary,
+    hub_answers,
+    load_part,
+    load_tokenizer,
+    located,
+    own_families,
+    part_config,
+    tower_names,
+)
+from tinyllava.model.processor import TinyLlavaProcessor, build_processor
+from tinyllava.vision_towers import family_name
 
 logger = logging.getLogger("tinyllava")
-TOKENIZER_SAMPLES = 20_000  # enough for a small vocabulary, a few seconds to render
-PART_NAMES = {"llm": "LLM", "vision_tower": "vision tower", "tokenizer": "tokenizer"}
-PART_KEYS = {"tokenizer": "llm.tokenizer"}
-DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+PROBED_LOGITS = 30.0  # the size of the logits at which an LLM's head is looked at: Gemma2's soft cap
 
 
 def build(
@@ -49,11 +61,13 @@ def build(
     or read (they lie on the meta device): enough to count and to prepare data. Raises UserError for parts that cannot
     be found, do not fit together, or compute what the model class cannot hold.
     """
+    Factory("connectors").resolve(*next(iter(spec.connector.items())))  # a recipe's own code is imported here
     llm_config = part_config("llm", spec.llm)
     tower_config = part_config("vision_tower", spec.vision_tower)
     family = tower_family(tower_config)
     template = Template.load(spec.template or default_template(llm_config), compat=spec.compat)
     tokenizer = load_tokenizer(spec.llm, template, samples)
+    knew_images = has_token(tokenizer, IMAGE_TOKEN)
     image_token_id = add_image_token(tokenizer)
     if spec.llm.config is not None:  # the config's LLM is as wide as its tokenizer, unless it says otherwise
         llm_config = fit_vocabulary(llm_config, tokenizer, spec.llm.config)
@@ -61,9 +75,11 @@ def build(
     with torch.device("meta") if empty else nullcontext():
         llm = load_part("llm", spec.llm, llm_config, AutoModelForCausalLM, spec.dtype, empty)
         tower = load_part("vision_tower", spec.vision_tower, tower_config, AutoModel, spec.dtype, empty)
-        if image_token_id >= llm.get_input_embeddings().num_embeddings:  # Qwen and Phi have spare rows
-            llm.resize_token_embeddings(len(tokenizer), mean_resizing=not empty)
-    fields, image_size = tower_images(spec.vision_tower, tower.config)
+        rows, needed = llm.get_input_embeddings().num_embeddings, max(len(tokenizer), image_token_id + 1)
+        if needed > rows:  # Qwen and Phi have spare rows
+            llm.resize_token_embeddings(needed, mean_resizing=not empty)
+        new_tokens = sorted({*range(rows, needed), *([] if knew_images else [image_token_id])})
+    images, image_size = tower_images(spec.vision_tower, tower.config)
     patches_only = spec.vision_tower.feature_strategy == "patch" and family.prefix_tokens(tower.config) > 0
     connector = copy.deepcopy(spec.connector)
     if tower.config.model_type == "mof" and "mof_mlp" in connector:  # which cannot see where a tower's channels end
@@ -76,9 +92,13 @@ def build(
         connector=connector,
         prefix_tokens=family.prefix_tokens(tower.config),
         image_size=image_size,
-        image_mean=list(fields["image_mean"]),
-        image_std=list(fields["image_std"]),
+        image_mean=list(images.image_mean),
+        image_std=list(images.image_std),
+        image_processor=spec.vision_tower.image_processor if is_code(spec.vision_tower.image_processor) else None,
+        tiles=spec.vision_tower.tiles,
         image_token_index=image_token_id,
+        new_tokens=new_tokens,
+        families=own_families(spec, llm=llm_config, vision_tower=tower_config),
         vision_feature_layer=spec.vision_tower.feature_layer,
         vision_feature_select_strategy="default" if patches_only else "full",
         tie_word_embeddings=bool(llm.config.tie_word_embeddings),
@@ -88,13 +108,8 @@ def build(
     with torch.device("meta") if empty else nullcontext():
         model = assemble(config, llm, tower, seed)
     config.image_seq_length = model.model.multi_modal_projector.num_tokens(config.num_patches)
-    processor = build_processor(
-        config,
-        image_processor(fields, image_size, spec.vision_tower.image_aspect),
-        tokenizer,
-        template.chat_template(tokenizer),
-        config.image_seq_length,
-    )
+    chat_template = template.chat_template(tokenizer)
+    processor = build_processor(config, images, tokenizer, chat_template, config.image_seq_length)
     return model, processor, template
 
 
@@ -106,11 +121,8 @@ def assemble(
     """
     with torch.device("meta"):
         model = TinyLlavaForConditionalGeneration(config)
-    ((name, options),) = config.connector.items()
-    connector, options = Factory("connectors").resolve(name, options)
-    layers = 1 if isinstance(config.vision_feature_layer, int) else len(config.vision_feature_layer)
     set_seed(seed)  # whatever was drawn before (random parts or none), the connector starts from the same weights
-    projector = connector(config.vision_config.hidden_size * layers, config.text_config.hidden_size, **options)
+    projector = make_connector(config)
     projector.apply(model._init_weights)
     model.model.vision_tower = tower
     model.model.language_model = llm.base_model
@@ -126,8 +138,14 @@ def assemble(
 
 
 def tower_family(config: PreTrainedConfig) -> Any:
-    """What the package knows about a tower, by its config's model_type."""
-    return Factory("vision_towers").get(config.model_type.removesuffix("_vision_model").removesuffix("_vision"))
+    """What is known about a tower, by its config's model_type. Raises UserError for one that nobody knows."""
+    name, known = family_name(config), Factory("vision_towers").names()
+    if name not in known:
+        raise UserError(
+            f"nothing is known about the vision tower '{name}'. Known: {', '.join(known)}."
+            " Another takes a file with a few lines: docs/add-your-own-vision-tower.md."
+        )
+    return Factory("vision_towers").get(name)
 
 
 def default_template(config: PreTrainedConfig) -> str:
@@ -136,16 +154,23 @@ def default_template(config: PreTrainedConfig) -> str:
     return llms.get(config.model_type).template if config.model_type in llms.names() else "native"
 
 
-def tower_images(spec: VisionTowerSpec, config: PreTrainedConfig) -> tuple[dict, int]:
-    """Fields of the image processor, from the tower's own where it has one, and the side of the picture it makes."""
+def tower_images(spec: VisionTowerSpec, config: PreTrainedConfig) -> tuple[BaseImageProcessor, int]:
+    """The image processor and the side of the picture it makes: the user's own, the tower's, or the family's."""
+    if is_code(spec.image_processor):
+        return own_image_processor(spec.image_processor)
     own: dict[str, Any] = {}
-    if spec.name is not None:
-        name = tower_names(spec.name)[0]
+    if spec.image_processor is not None:
+        own = read_fields(spec.image_processor)
+    elif spec.name is not None:
+        name, where = located("vision_tower", tower_names(spec.name)[0]), {"local_files_only": not hub_answers()}
         try:
-            own = AutoImageProcessor.from_pretrained(name, backend="pil", local_files_only=not hub_answers()).to_dict()
+            own = AutoImageProcessor.from_pretrained(name, backend="pil", **where).to_dict()
+        except ImportError:  # DINOv3's needs torchvision: what its file says is all that we need
+            own = ImageProcessingMixin.get_image_processor_dict(name, **where)[0]
         except OSError:
             logger.info("%s has no image processor of its own: using the family's settings", name)
-    return image_fields(config, own)
+    fields, image_size = image_fields(config, own)
+    return llava_image_processor(fields, image_size, spec.image_aspect), image_size
 
 
 def image_fields(config: PreTrainedConfig, own: Mapping[str, Any]) -> tuple[dict, int]:
@@ -185,8 +210,17 @@ def head_of(llm: PreTrainedModel) -> dict[str, Any]:
     was_training = llm.training
     llm.eval()
     ids = torch.arange(8, device=llm.device).unsqueeze(0) % llm.config.vocab_size
+    hidden: list[Tensor] = []
+
+    def magnify(_module: nn.Module, _args: tuple, outputs: Any) -> None:  # or bfloat16's rounding hides a soft cap
+        states = outputs.last_hidden_state
+        outputs.last_hidden_state = states * (PROBED_LOGITS / head(states).float().std()).to(states.dtype)
+        hidden.append(outputs.last_hidden_state)
+
+    handle = llm.base_model.register_forward_hook(magnify)
     wanted = llm(ids, use_cache=False).logits.float()
-    plain = head(llm.base_model(ids, use_cache=False).last_hidden_state).float()
+    handle.remove()
+    plain = head(hidden[0]).float()
     llm.train(was_training)
     bias = {"head_bias": head.bias is not None}
     scale = ((wanted * plain).sum() / (plain * plain).sum()).item()
@@ -209,7 +243,5 @@ def head_of(llm: PreTrainedModel) -> dict[str, Any]:
 
 
 def _equal(a: Tensor, b: Tensor, dtype: torch.dtype) -> bool:
-    """Whether two computations of the same logits agree, but for rounding (a soft cap of 30 changes small logits by
-    1e-4).
-    """
+    """Whether two computations of the same logits agree, but for rounding."""
     return bool((a - b).norm() <= 8 * torch.finfo(dtype).eps * b.norm())

@@ -12,7 +12,6 @@ directory that is not whole is refused.
 
 import errno
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -20,27 +19,30 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import split_torch_state_dict_into_shards
 from peft.utils import ModulesToSaveWrapper
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import AutoConfig, LlavaConfig, LlavaProcessor
-from transformers.utils import logging as transformers_logging
 
-from tinyllava.data.template import Template
+from tinyllava.data.template import ServedTemplate, Template
 from tinyllava.errors import UserError
-from tinyllava.factory import Factory
+from tinyllava.factory import nearest
 from tinyllava.model import legacy
-from tinyllava.model.adapter import ADAPTER, has_adapter, replace_module, write_adapter
-from tinyllava.model.layout import PREFIXES, plain_config, published_name, published_state, why_not_plain
+from tinyllava.model.adapter import ADAPTER, PEFT, check_base, has_adapter, replace_module, stored_names, write_adapter
+from tinyllava.model.build import tower_family
+from tinyllava.model.configuration import TinyLlavaConfig
+from tinyllava.model.image_processor import trusted_class
+from tinyllava.model.layout import plain_config, published_name, published_state, why_not_plain
 from tinyllava.model.legacy_weights import some
-from tinyllava.model.modeling import TinyLlavaConfig, TinyLlavaForConditionalGeneration
+from tinyllava.model.modeling import TinyLlavaForConditionalGeneration
+from tinyllava.model.parts import quiet
 from tinyllava.model.processor import TinyLlavaProcessor, build_processor
+from tinyllava.model.quantise import is_quantised
+from tinyllava.model.weight_files import INDEX, base_files, write_weights
 
 RECORD = "tinyllava.json"
-INDEX = "model.safetensors.index.json"
 FORMAT = 1
-FILES = {"vision_tower": "vision_tower", "connector": "connector", "llm": "language_model"}
 
 
 # -- saving ------------------------------------------------------------------------------------------------------------
@@ -84,7 +86,7 @@ def save(
 
     `run` is what made it (recipe, stage, step, versions, data), kept in the record. `state_dict` replaces the model's
     own where a sharded trainer gathered it. `reuse` names files that hold exactly the weights of a part: they are
-    linked, not written.
+    linked, not written, and must be given for a part that is quantised.
     """
     directory.mkdir(parents=True, exist_ok=True)
     state = {name: tensor for name, tensor in (state_dict or model.state_dict()).items()}
@@ -97,7 +99,7 @@ def save(
     (processor.plain() if plain else processor).save_pretrained(directory)
     files = write_weights(published_state(model, state), directory, reuse or {})
     if has_adapter(model):
-        write_adapter(model, state, directory)
+        write_adapter(model, state, directory, base=[file for part in files.values() for file in part])
     record = {
         "format": FORMAT,
         "plain": plain,
@@ -116,50 +118,6 @@ def write_record(directory: Path, record: Mapping[str, Any]) -> None:
     }
     sizes.pop(RECORD, None)
     (directory / RECORD).write_text(json.dumps({**record, "files": sizes}, indent=2) + "\n", encoding="utf-8")
-
-
-def write_weights(
-    published: Mapping[str, Tensor], directory: Path, reuse: Mapping[str, list[Path]]
-) -> dict[str, list[Path]]:
-    """safetensors files per part, and the index over them."""
-    weight_map: dict[str, str] = {}
-    files: dict[str, list[Path]] = {}
-    total = 0
-    for part, prefix in PREFIXES.items():
-        state = {name: tensor for name, tensor in published.items() if name.startswith(prefix)}
-        total += sum(tensor.numel() * tensor.element_size() for tensor in state.values())
-        pattern = FILES[part] + "{suffix}.safetensors"
-        plan = split_torch_state_dict_into_shards(state, filename_pattern=pattern, max_shard_size="5GB")
-        names = sorted(plan.filename_to_tensors) if state else []
-        files[part] = [directory / name for name in names]
-        for name in names:
-            weight_map |= dict.fromkeys(plan.filename_to_tensors[name], name)
-        sources = {path.name: path for path in reuse.get(part, [])}
-        if names and all(name in sources and sources[name].is_file() for name in names):
-            for name in names:
-                link(sources[name], directory / name)
-            continue
-        for name in names:
-            tensors = {key: state[key].detach().cpu().contiguous() for key in plan.filename_to_tensors[name]}
-            save_file(tensors, directory / name, metadata={"format": "pt"})
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    return files
-
-
-def part_files(directory: Path) -> dict[str, list[Path]]:
-    """The weight files of each part in a checkpoint that `save` wrote."""
-    return {part: sorted(directory.glob(f"{stem}*.safetensors")) for part, stem in FILES.items()}
-
-
-def link(source: Path, target: Path) -> None:
-    """A hard link, or a copy where the file system has none."""
-    try:
-        os.link(source, target)
-    except OSError as error:
-        if error.errno in {errno.ENOSPC, errno.EDQUOT}:
-            raise
-        shutil.copy2(source, target)
 
 
 # -- loading -----------------------------------------------------------------------------------------------------------
@@ -196,38 +154,54 @@ def load(
 ) -> tuple[TinyLlavaForConditionalGeneration, TinyLlavaProcessor, Template, dict[str, Any]]:
     """Model (adapter included, on the CPU, in eval mode), processor, template and record of a checkpoint directory.
 
-    Reads what `save` wrote, checkpoints in `llava-hf` layout and, with what those are `lacking` (see `legacy.read`),
-    the original TinyLLaVA Factory's. Raises UserError when files or weights are missing.
+    Reads what `save` wrote, checkpoints in `llava-hf` layout and the original TinyLLaVA Factory's. `lacking` is what
+    those do not carry: the template of the former, all of `legacy.read` for the latter. Raises UserError when files or
+    weights are missing.
     """
     directory = Path(directory)
     if legacy.is_legacy(directory):
         return _load_legacy(directory, dtype, attn_implementation, lacking)
+    record = read_record(directory) or {}
+    another = None if record else lacking.pop("template", None)
     if lacking:
         raise UserError(f"{directory} carries its own {', '.join(lacking)}: these are for checkpoints of the original.")
-    record = read_record(directory) or {}
-    config = AutoConfig.from_pretrained(directory)
+    try:
+        config = AutoConfig.from_pretrained(directory)
+    except ValueError as error:  # which then lists all that transformers knows
+        unknown = str(error).partition(". ")[0]
+        raise UserError(
+            f"cannot read {directory}: {unknown}. If the part is yours, import the module that registers it first."
+        ) from None
     if config.model_type not in {"llava", TinyLlavaConfig.model_type}:
         raise UserError(f"{directory} holds a {config.model_type} model, not a llava one.")
+    if getattr(config, "image_processor", None):
+        trusted_class(config.image_processor)
     plain_processor = LlavaProcessor.from_pretrained(directory, backend="pil")
     if config.model_type == "llava":
         config = _from_plain(config, plain_processor, record)
+    if (directory / ADAPTER).is_file():
+        check_base(directory, base_files(directory))
     model = _load_model(directory, config, dtype, attn_implementation)
     for name, module in list(model.named_modules()):
         if isinstance(module, ModulesToSaveWrapper):  # the connector inside an adapter: the same weights as in the base
             replace_module(model, name, module.modules_to_save["default"])
+    template, tokenizer = Template.load(another) if another else _template_of(record), plain_processor.tokenizer
     processor = build_processor(
         config,
         plain_processor.image_processor,
-        plain_processor.tokenizer,
-        plain_processor.chat_template,
+        tokenizer,
+        template.chat_template(tokenizer) if another else plain_processor.chat_template,
         config.image_seq_length,
     )
-    return model.eval(), processor, _template_of(record), record
+    return model.eval(), processor, template, record
 
 
 def _load_legacy(
     directory: Path, dtype: torch.dtype | str, attn_implementation: str | None, lacking: Mapping[str, Any]
 ) -> tuple[TinyLlavaForConditionalGeneration, TinyLlavaProcessor, Template, dict[str, Any]]:
+    for name in lacking:
+        if name not in legacy.LACKING:
+            raise UserError(f"no keyword '{name}'{nearest(name, legacy.LACKING)} Known: {', '.join(legacy.LACKING)}.")
     old = legacy.read(directory, **lacking)
     model = _load_model(directory, old.config, dtype, attn_implementation, old.state)
     model.generation_config = old.generation
@@ -251,7 +225,7 @@ def _load_model(
 ) -> TinyLlavaForConditionalGeneration:
     """The model with the weights in `directory`, or those given. Raises UserError unless they are exactly its own."""
     kwargs = {"attn_implementation": attn_implementation} if attn_implementation else {}
-    with _quiet():
+    with quiet():
         model, info = TinyLlavaForConditionalGeneration.from_pretrained(
             directory if state is None else None,
             config=config,
@@ -287,15 +261,21 @@ def restore(model: TinyLlavaForConditionalGeneration, directory: Path) -> None:
     stored: dict[str, Tensor] = {}
     for file in sorted({*index.values(), *([ADAPTER] if has_adapter(model) else [])}):
         stored |= load_file(directory / file)
+    parameters = dict(model.named_parameters())
+    adapter = stored_names(model, parameters) if has_adapter(model) else {}
+    keys = {name: PEFT + key for key, name in adapter.items()}
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            lora = name.replace(".default.", ".")
-            key = f"base_model.model.{lora}" if ".lora_" in name else published_name(model, name)
+        for name, parameter in parameters.items():
+            key = keys.get(name) or published_name(model, name)
             if key not in stored:
                 raise UserError(
                     f"{directory} lacks {key}: it is a checkpoint of another model or tuning. Use another --output."
                 )
-            parameter.copy_(stored[key])
+            if isinstance(parameter, DTensor):  # FSDP2: each rank takes its share
+                mesh, placements = parameter.device_mesh, parameter.placements
+                parameter.copy_(distribute_tensor(stored[key], mesh, placements, src_data_rank=None))
+            elif not is_quantised(parameter):  # which came from the weights that the checkpoint links
+                parameter.copy_(stored[key])
 
 
 def _from_plain(config: LlavaConfig, processor: LlavaProcessor, record: Mapping[str, Any]) -> TinyLlavaConfig:
@@ -304,8 +284,9 @@ def _from_plain(config: LlavaConfig, processor: LlavaProcessor, record: Mapping[
     """
     fields = config.to_dict()
     fields.pop("model_type", None)
-    family = config.vision_config.model_type.removesuffix("_vision_model")
-    prefix = Factory("vision_towers").get(family).prefix_tokens(config.vision_config)
+    if "model" in record:
+        return TinyLlavaConfig(**{**fields, **record["model"]})
+    prefix = tower_family(config.vision_config).prefix_tokens(config.vision_config)
     implied = {
         "connector": {"mlp": {"layers": 2, "act": config.projector_hidden_act}},
         "prefix_tokens": prefix,
@@ -314,24 +295,13 @@ def _from_plain(config: LlavaConfig, processor: LlavaProcessor, record: Mapping[
         "image_mean": list(processor.image_processor.image_mean),
         "image_std": list(processor.image_processor.image_std),
     }
-    return TinyLlavaConfig(**{**fields, **implied, **record.get("model", {})})
+    return TinyLlavaConfig(**{**fields, **implied})
 
 
 def _template_of(record: Mapping[str, Any]) -> Template:
     stored = record.get("template")
     if stored is None:
-        return Template.load("native")
+        return ServedTemplate("native", None)
     if stored["compat"]:
         return Template.load(stored["name"], compat=True)
     return Template(stored["name"], stored["source"])  # its text, not its name: a user's file may be gone by now
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Our own message names what is missing; transformers' table of the same would come first."""
-    before = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(before)

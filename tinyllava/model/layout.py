@@ -1,6 +1,7 @@
 """The layout of a checkpoint: when it is plain llava, and what its weights are called on disk."""
 
 import copy
+import re
 from collections.abc import Mapping
 
 from torch import Tensor
@@ -11,6 +12,9 @@ from tinyllava.model.modeling import TinyLlavaForConditionalGeneration
 PREFIXES = {"vision_tower": "vision_tower.", "connector": "multi_modal_projector.", "llm": "language_model."}
 # transformers 5 lost the `vision_model.` level of these towers in memory; published checkpoints and vLLM have it.
 NESTED_TOWERS = {"clip_vision_model", "siglip_vision_model"}
+# It gave DINOv3's layers a level, and reads them under their published names only: given the others, it adds the level
+# before `layer_scale1` as well.
+DINOV3_LAYERS = re.compile(r"^(vision_tower\.(?:first\.|second\.)?)model\.layer\.")
 
 
 def why_not_plain(model: TinyLlavaForConditionalGeneration) -> str | None:
@@ -25,6 +29,10 @@ def why_not_plain(model: TinyLlavaForConditionalGeneration) -> str | None:
             return f"transformers has no {part.model_type}"
     if config.head_bias or config.head_scale != 1.0 or config.head_softcap is not None:
         return "the LLM's output head has a bias, a scale or a soft cap, which Llava's has not"
+    if config.tiles:
+        return "pictures are cut into tiles, and Llava sees each only whole"
+    if config.image_processor:
+        return f"its image processor is the code {config.image_processor}"
     if config.image_scale != 1.0:
         return "image tokens are scaled, as the original's Gemma did, and Llava's are not"
     if config.vision_feature_select_strategy == "default" and config.dropped_tokens != 1:
@@ -61,7 +69,15 @@ def published_name(model: TinyLlavaForConditionalGeneration, name: str) -> str:
         "lm_head.": "language_model.lm_head.",
     }
     old = next((prefix for prefix in renames if name.startswith(prefix)), "")
-    return renames.get(old, "") + name.removeprefix(old).replace(".base_layer.", ".")
+    published = renames.get(old, "") + name.removeprefix(old).replace(".base_layer.", ".")
+    return DINOV3_LAYERS.sub(r"\1layer.", published) if has_dinov3(model) else published
+
+
+def has_dinov3(model: TinyLlavaForConditionalGeneration) -> bool:
+    """Whether the tower, or one of a mixture's, is a DINOv3 ViT."""
+    tower = model.config.vision_config
+    towers = (tower, getattr(tower, "first", None), getattr(tower, "second", None))
+    return any(getattr(config, "model_type", None) == "dinov3_vit" for config in towers)
 
 
 def published_state(model: TinyLlavaForConditionalGeneration, state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ the command line does not need once the model is saved:
     checkpoint.save(session.model, session.processor, session.template, Path("converted"))
 """
 
+import inspect
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -34,10 +35,10 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 from tinyllava.data.template import Template, add_image_token
 from tinyllava.errors import UserError
 from tinyllava.factory import Factory
-from tinyllava.model import processor
 from tinyllava.model.build import default_template, image_fields, tower_family
+from tinyllava.model.configuration import TinyLlavaConfig
+from tinyllava.model.image_processor import llava_image_processor
 from tinyllava.model.legacy_weights import CONNECTOR, TOWER, add_rows, published, read_json, read_state, resample
-from tinyllava.model.modeling import TinyLlavaConfig
 from tinyllava.vision_towers.mof import MofConfig
 
 logger = logging.getLogger("tinyllava")
@@ -146,8 +147,11 @@ def read(
         pad_token_id=tokens.pad_token_id,
         suppress_tokens=[image_id] if image_id >= rows else [],  # a row that the original had, it could answer with
     )
-    images = processor.image_processor(pixels, side, _aspect(fields))
+    images = llava_image_processor(pixels, side, _aspect(fields))
     return Legacy(config, state, images, tokens, _template(template, llm, tokens, bench), generation)
+
+
+LACKING = list(inspect.signature(read).parameters)[1:]  # what `read` takes beside the directory
 
 
 def config_of(fields: Mapping[str, Any]) -> PreTrainedConfig:

@@ -9,20 +9,25 @@ vocabulary.
 """
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 
+import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
-from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, LlavaConfig, LlavaForConditionalGeneration
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, LlavaForConditionalGeneration
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast, LlavaModel, LlavaPreTrainedModel
 
-from tinyllava.factory import Factory
+from tinyllava.data.tiles import Grid, token_order, views
+from tinyllava.errors import UserError
+from tinyllava.factory import Factory, check_trusted
+from tinyllava.model.configuration import TinyLlavaConfig
+from tinyllava.model.tower import states_at
 from tinyllava.vision_towers import size_options
 
 IGNORE = -100
@@ -30,97 +35,28 @@ IGNORE = -100
 LOSS_CHUNK = 4096
 
 
-@strict
-class TinyLlavaConfig(LlavaConfig):
-    """Llava's config and what Llava has no place for."""
-
-    # The original's own checkpoints say "tinyllava": those are read by key mapping (legacy.py), not by this class.
-    model_type = "tiny_llava"
-
-    connector: dict | None = None  # {name: options}
-    prefix_tokens: int = 1  # CLS and registers before the tower's patches; dropped when the strategy is "default"
-    head_bias: bool = False
-    head_scale: float = 1.0
-    head_softcap: float | None = None
-    image_mean: list[float] | None = None
-    image_std: list[float] | None = None
-
-    # Pixels a side after preprocessing; a tower with interpolated positions may differ from its config.
-    image_size: int = 336
-
-    # What the original TinyLLaVA Factory did, for its checkpoints (legacy.py):
-    drop_first_patch: bool = False  # it took the first patch of a tower without CLS for one: 728 of SigLIP's 729
-    image_scale: float = 1.0  # Gemma scaled all that came into it, image tokens too: by the root of its width
-    head_rows: int | None = None  # rows of its head, when <image> got one of its own beyond them: no part of any answer
-
-    @staticmethod
-    def own_fields() -> tuple[str, ...]:
-        """Names of the fields that Llava's config lacks."""
-        return tuple(TinyLlavaConfig.__annotations__)
-
-    @property
-    def num_patches(self) -> int:
-        """Features an image gives the connector."""
-        patches = (self.image_size // self.vision_config.patch_size) ** 2
-        return patches + self.prefix_tokens - self.dropped_tokens
-
-    @property
-    def dropped_tokens(self) -> int:
-        """Leading tokens of the tower that the connector never sees."""
-        return self.prefix_tokens + self.drop_first_patch if self.vision_feature_select_strategy == "default" else 0
+def sharded(module: nn.Module) -> bool:
+    """Whether ZeRO-3 or FSDP2 spreads its weights: every rank must then call the same modules in the same order."""
+    if not dist.is_initialized():  # asked at every token that is generated
+        return False
+    return any(hasattr(parameter, "ds_id") or isinstance(parameter, DTensor) for parameter in module.parameters())
 
 
-def find_blocks(module: nn.Module) -> list[str]:
-    """Names of the repeated layers of a tower or an LLM, in order: its longest list of modules of one class."""
-    lists = [
-        (name, child)
-        for name, child in module.named_modules()
-        if isinstance(child, nn.ModuleList) and len({type(layer) for layer in child}) == 1
-    ]
-    if not lists:
-        return []
-    name, blocks = max(lists, key=lambda item: len(item[1]))
-    return [f"{name}.{index}" for index in range(len(blocks))]
-
-
-class _Reached(Exception):
-    """Raised inside a frozen tower when the wanted hidden state exists; nothing above it needs to run."""
-
-
-@contextmanager
-def _stop_before(block: nn.Module, found: list[Tensor]) -> Iterator[None]:
-    def hook(_module: nn.Module, args: tuple, kwargs: dict) -> None:
-        found.append(args[0] if args else kwargs["hidden_states"])
-        raise _Reached
-
-    handle = block.register_forward_pre_hook(hook, with_kwargs=True)
-    try:
-        yield
-    except _Reached:
-        pass
-    finally:
-        handle.remove()
-
-
-def states_at(tower: nn.Module, pixel_values: Tensor, indices: list[int], whole: bool) -> list[Tensor]:
-    """Hidden states `indices` of a tower (0: embeddings, k: output of layer k): [I, 3, H, W] -> [I, N, Dv] each.
-
-    Unless `whole`, nothing above a single one is run. A mixture gives one: its towers' patches, joined on channels.
+def make_connector(config: TinyLlavaConfig) -> nn.Module:
+    """The connector of a config. With tiles it holds one more token, which ends a row of them: trained, frozen and
+    saved as the connector is.
     """
-    if hasattr(tower, "members"):
-        features = [
-            torch.cat([state[:, prefix:] for state in states_at(member, pixels, own, whole)], dim=-1)
-            for member, pixels, own, prefix in tower.members(pixel_values, indices)
-        ]
-        return [torch.cat(features, dim=-1)]
-    options = size_options(tower.config, pixel_values)
-    if not whole and len(indices) == 1 and indices[0] < tower.config.num_hidden_layers:
-        found: list[Tensor] = []
-        with _stop_before(tower.get_submodule(find_blocks(tower)[indices[0]]), found):
-            tower(pixel_values, **options)
-        return found
-    hidden_states = tower(pixel_values, output_hidden_states=True, **options).hidden_states
-    return [hidden_states[index] for index in indices]
+    layers = 1 if isinstance(config.vision_feature_layer, int) else len(config.vision_feature_layer)
+    ((name, options),) = config.connector.items()
+    if ":" in name and name not in Factory("connectors").registered:  # a checkpoint's, unless `build` has imported it
+        check_trusted(name, "connector")
+    connector, options = Factory("connectors").resolve(name, options)
+    if not (isinstance(connector, type) and issubclass(connector, nn.Module)):
+        raise UserError(f"connector {name} is {connector!r}, no class of torch modules. Name my_pkg.my_module:Class.")
+    made = connector(config.vision_config.hidden_size * layers, config.text_config.hidden_size, **options)
+    if config.tiles:
+        made.row_separator = nn.Embedding(1, config.text_config.hidden_size)
+    return made
 
 
 class TinyLlavaModel(LlavaModel):
@@ -130,13 +66,8 @@ class TinyLlavaModel(LlavaModel):
 
     def __init__(self, config: TinyLlavaConfig):
         LlavaPreTrainedModel.__init__(self, config)
-        layers = 1 if isinstance(config.vision_feature_layer, int) else len(config.vision_feature_layer)
-        ((name, options),) = config.connector.items()
-        connector, options = Factory("connectors").resolve(name, options)
         self.vision_tower = AutoModel.from_config(config.vision_config)
-        self.multi_modal_projector = connector(
-            config.vision_config.hidden_size * layers, config.text_config.hidden_size, **options
-        )
+        self.multi_modal_projector = make_connector(config)
         self.language_model = AutoModel.from_config(config.text_config)
         self.post_init()
 
@@ -172,12 +103,38 @@ class TinyLlavaModel(LlavaModel):
             states = states_at(self.vision_tower, pixel_values, self._layer_indices(), whole=trained)
         return torch.cat([state[:, self.config.dropped_tokens :] for state in states], dim=-1)
 
-    def get_image_features(self, pixel_values: Tensor, **kwargs: object) -> BaseModelOutputWithPooling:
-        """Image tokens in the LLM's space as `pooler_output`: a tuple of I tensors [T, D]."""
+    def get_image_features(
+        self, pixel_values: Tensor, image_grids: Tensor | None = None, **kwargs: object
+    ) -> BaseModelOutputWithPooling:
+        """Image tokens in the LLM's space as `pooler_output`: a tuple of I tensors [T, D].
+
+        With tiles `pixel_values` are the views of all pictures [W, 3, H, W], and `image_grids` [I, 2] their rows and
+        columns: T then differs from picture to picture. Raises ValueError when they do not agree.
+        """
         tokens = self.multi_modal_projector(self.tower_features(pixel_values))
         if self.config.image_scale != 1.0:
             tokens = tokens * self.config.image_scale
+        if image_grids is not None:
+            tokens = self.arrange(tokens, image_grids.tolist())
         return BaseModelOutputWithPooling(pooler_output=tuple(tokens))
+
+    def arrange(self, tokens: Tensor, grids: list[Grid]) -> tuple[Tensor, ...]:
+        """Tokens of views [W, T, D] as those of each picture, with the separator after every row of tiles: [.., D]"""
+        expected = sum(map(views, grids))
+        if len(tokens) != expected:
+            raise ValueError(f"{len(tokens)} views in pixel_values, but the {len(grids)} grids ask for {expected}")
+        first = torch.zeros(1, dtype=torch.long, device=tokens.device)
+        separator = self.multi_modal_projector.row_separator(first)  # in the graph, whether a row ends or not
+        orders = token_order(tokens.shape[1], grids)
+        order = torch.from_numpy(np.concatenate(orders)).to(tokens.device)
+        return torch.cat([tokens.flatten(0, 1), separator.to(tokens.dtype)])[order].split(list(map(len, orders)))
+
+    def train(self, mode: bool = True) -> "TinyLlavaModel":
+        """Set the mode of all but a frozen tower: DINOv3 in training stretches its positions at random."""
+        super().train(mode)
+        if not any(parameter.requires_grad for parameter in self.vision_tower.parameters()):
+            self.vision_tower.eval()
+        return self
 
     def idle_features(self) -> Tensor:
         """A zero that depends on every trained parameter of tower and connector.
@@ -185,30 +142,49 @@ class TinyLlavaModel(LlavaModel):
         A batch without images must still give them a gradient (of zero): DDP, ZeRO-3 and FSDP wait for it on all
         ranks, and AdamW moves by its momentum on every step. Frozen unsharded towers are not run.
         """
-        trained_tower = [p for p in self.vision_tower.parameters() if p.requires_grad or hasattr(p, "ds_id")]
+        trained = any(parameter.requires_grad for parameter in self.vision_tower.parameters())
         like = next(self.language_model.parameters())
-        if trained_tower:
+        if trained or sharded(self.vision_tower):
             size = self.config.image_size
             features = self.tower_features(torch.zeros(1, 3, size, size, device=like.device, dtype=like.dtype))
         else:
             width = self.config.vision_config.hidden_size * len(self._layer_indices())
             features = torch.zeros(1, self.config.num_patches, width, device=like.device, dtype=like.dtype)
-        return 0.0 * self.multi_modal_projector(features).sum()
+        tokens = self.multi_modal_projector(features)
+        if self.config.tiles:
+            tokens = torch.cat(self.arrange(tokens, [(1, 1)] * len(tokens)))
+        return 0.0 * tokens.sum()
 
     def forward(
         self,
         input_ids: Tensor | None = None,
         pixel_values: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
+        image_grids: Tensor | None = None,
         **kwargs,
     ):
         """Llava's forward; a training batch without images keeps tower and connector in the graph."""
-        if pixel_values is None and input_ids is not None and self.training and torch.is_grad_enabled():
-            idle = self.idle_features()
-            if idle.requires_grad:
-                inputs_embeds = self.get_input_embeddings()(input_ids)
-                inputs_embeds, input_ids = inputs_embeds + idle.to(inputs_embeds.dtype), None
+        training = self.training and torch.is_grad_enabled()
+        if pixel_values is None and input_ids is not None and (training or sharded(self)):
+            # In the order of a batch with pictures: Llava embeds first, unless tiles are handed to it as features.
+            idle = self.idle_features() if self.config.tiles else None
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+            idle = self.idle_features() if idle is None else idle
+            inputs_embeds, input_ids = inputs_embeds + idle.to(inputs_embeds.dtype), None
+        if pixel_values is not None and image_grids is not None:
+            features = self.get_image_features(pixel_values, image_grids)
+            self.check_placeholders(input_ids, features.pooler_output)
+            kwargs["mm_encoder_outputs"], pixel_values = {"image": features}, None
         return super().forward(input_ids=input_ids, pixel_values=pixel_values, inputs_embeds=inputs_embeds, **kwargs)
+
+    def check_placeholders(self, input_ids: Tensor, features: tuple[Tensor, ...]) -> None:
+        """Raise ValueError unless as many placeholders stand in the ids as the pictures have tokens."""
+        marks, tokens = int((input_ids == self.config.image_token_id).sum()), sum(map(len, features))
+        if marks != tokens:
+            raise ValueError(
+                f"{marks} image placeholders in input_ids, but {len(features)} pictures have {tokens} tokens."
+                " Make both with one processor."
+            )
 
 
 class TinyLlavaForConditionalGeneration(LlavaForConditionalGeneration):
@@ -248,6 +224,8 @@ class TinyLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         labels: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: Tensor | int | None = None,
+        image_grids: Tensor | None = None,
+        mm_encoder_outputs: dict | None = None,  # named, so that `generate` encodes first, and beams repeat pictures
         **kwargs: object,
     ) -> LlavaCausalLMOutputWithPast:
         """Logits [B, L or kept, V]; or, with labels [B, L], the mean loss per supervised token and no logits.
@@ -257,6 +235,7 @@ class TinyLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         if labels is not None:
             kwargs.setdefault("use_cache", False)
         kwargs |= {"attention_mask": attention_mask, "position_ids": position_ids}
+        kwargs |= {"image_grids": image_grids, "mm_encoder_outputs": mm_encoder_outputs}
         outputs = self.model(input_ids=input_ids, pixel_values=pixel_values, **kwargs)
         hidden = outputs.last_hidden_state  # [B, L, D]
         loss = logits = None
@@ -283,18 +262,19 @@ class TinyLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         targets = labels[:, 1:]
         chosen = targets != IGNORE
         hidden, targets = hidden[:, :-1][chosen], targets[chosen]  # [S, D], [S]
-        if targets.numel() == 0:
-            return hidden.sum() * 0.0
+        size = LOSS_CHUNK
+        if sharded(self.lm_head):  # whose every call gathers it on all ranks, however many positions each of them has
+            size = max(1, len(targets))
 
         def summed(rows: Tensor, wanted: Tensor) -> Tensor:
             return F.cross_entropy(self.head(rows).float(), wanted, reduction="sum")
 
-        chunks = list(zip(hidden.split(LOSS_CHUNK), targets.split(LOSS_CHUNK), strict=True))
+        chunks = list(zip(hidden.split(size), targets.split(size), strict=True))
         if len(chunks) == 1:
             total = summed(*chunks[0])
         else:
             total = torch.stack([checkpoint(summed, *chunk, use_reentrant=False) for chunk in chunks]).sum()
-        return total / (targets.numel() if num_items is None else num_items)
+        return total / (max(1, targets.numel()) if num_items is None else num_items)
 
 
 for _kind in (Factory("llms"), Factory("vision_towers")):  # what transformers lacks registers itself on import

@@ -1,9 +1,11 @@
 """Parts from where they are: a Hub id, a local directory, or a config with random weights; and their tokenizer."""
 
+import logging
 import os
 import re
 import socket
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from itertools import islice
 from pathlib import Path
@@ -14,21 +16,44 @@ import torch
 from huggingface_hub.constants import ENDPOINT, HF_HUB_OFFLINE
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers.utils import logging as transformers_logging
 
-from tinyllava.config import LLMSpec, TokenizerSpec, VisionTowerSpec
+from tinyllava.config import LLMSpec, ModelSpec, TokenizerSpec, VisionTowerSpec
 from tinyllava.data.sample import IMAGE_TOKEN, Sample
 from tinyllava.data.template import Template
 from tinyllava.errors import UserError
-from tinyllava.factory import nearest
+from tinyllava.factory import Factory, nearest
+from tinyllava.model import gguf
+from tinyllava.vision_towers import family_name
 
+logger = logging.getLogger("tinyllava")
 TOKENIZER_SAMPLES = 20_000  # enough for a small vocabulary, a few seconds to render
+FAMILIES = {"llm": "llms", "vision_tower": "vision_towers"}
 PART_NAMES = {"llm": "LLM", "vision_tower": "vision tower", "tokenizer": "tokenizer"}
+NANO = Path(__file__).parents[1] / "nano"
+NANO_PARTS = {"llm": "llm", "vision_tower": "vision_tower", "tokenizer": "llm"}
 PART_KEYS = {"tokenizer": "llm.tokenizer"}
 DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def part_config(part: str, spec: LLMSpec | VisionTowerSpec) -> PreTrainedConfig:
-    """The transformers config of a part: of a whole CLIP or SigLIP, its vision half."""
+    """The transformers config of a part. A family of the user's own is known by its model_type from here on."""
+    family = Factory(FAMILIES[part]).get(spec.family) if spec.family else None
+    config = transformers_config(part, spec)
+    if family is not None:
+        Factory(FAMILIES[part]).register(config.model_type if part == "llm" else family_name(config), family)
+    return config
+
+
+def own_families(spec: ModelSpec, **configs: PreTrainedConfig) -> dict[str, str] | None:
+    """The user's own families whose classes transformers lacks: what a checkpoint must name to be loaded."""
+    named = {part: getattr(spec, part).family for part in configs}
+    foreign = [part for part, config in configs.items() if not type(config).__module__.startswith("transformers.")]
+    return {FAMILIES[part]: named[part] for part in foreign if named[part]} or None
+
+
+def transformers_config(part: str, spec: LLMSpec | VisionTowerSpec) -> PreTrainedConfig:
+    """What the config says: of a whole CLIP or SigLIP, its vision half."""
     if spec.config is not None:
         return config_of(part, spec.config)
     if part == "llm":
@@ -55,11 +80,18 @@ def load_part(
     )
 
     def load(name: str, config: PreTrainedConfig) -> PreTrainedModel:
-        return found(part, name, auto.from_pretrained, config=config, dtype=DTYPES[dtype], **kwargs)
+        own = {**kwargs, "config": config, "dtype": DTYPES[dtype], "output_loading_info": True}
+        if part == "vision_tower":  # a Llava checkpoint, too, has one
+            own["key_mapping"] = {r"^vision_tower\.": ""}
+        with quiet():
+            model, info = found(part, name, auto.from_pretrained, **own)
+        if absent := sorted(info["missing_keys"]):
+            logger.warning("%s lacks %d weights, which start random: %s ...", name, len(absent), ", ".join(absent[:3]))
+        return model
 
     if empty or spec.config is not None:
         model = auto.from_config(config, **kwargs)
-    elif config.model_type == "mof":
+    elif spec.name.startswith("mof:"):
         with torch.device("meta"):
             model = auto.from_config(config, **kwargs)
         first, second = tower_names(spec.name)
@@ -68,6 +100,17 @@ def load_part(
         model = load(spec.name, config)
     model.config.architectures = [type(model).__name__]
     return model
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Our own message names what is missing; transformers' table of that and of the unexpected would come first."""
+    before = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(before)
 
 
 def load_tokenizer(
@@ -98,8 +141,16 @@ def fit_vocabulary(
     return config
 
 
+def located(part: str, name: str) -> str:
+    """`nano` names the part that comes with the package; any other name is itself."""
+    return str(NANO / NANO_PARTS[part]) if name == "nano" else name
+
+
 def found(part: str, name: str, load: Callable, **kwargs: Any) -> Any:
     """`load(name)`, with one clear line when neither a directory nor the Hub has it."""
+    name = located(part, name)
+    if name.endswith(".gguf"):
+        name = str(gguf.converted(Path(name).expanduser()))
     local = Path(name).is_dir()
     try:
         return load(name, local_files_only=not local and not hub_answers(), **kwargs)
@@ -119,7 +170,8 @@ def hub_answers() -> bool:
     if HF_HUB_OFFLINE:
         return False
     try:
-        socket.create_connection((urlsplit(ENDPOINT).hostname, 443), timeout=5).close()
+        hub = urlsplit(ENDPOINT)
+        socket.create_connection((hub.hostname, hub.port or 443), timeout=5).close()
     except OSError:
         return bool(os.environ.get("HTTPS_PROXY") or os.environ.get("https_proxy"))
     return True

@@ -6,6 +6,8 @@ the supervised tokens in green. At the end: what will be able to load the checkp
 
 import math
 from itertools import islice
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from rich.console import Console
@@ -17,11 +19,13 @@ from tinyllava.config import Recipe
 from tinyllava.data.spans import IGNORE
 from tinyllava.data.streaming import StreamingDataset
 from tinyllava.data.template import image_token_id
+from tinyllava.data.tiles import image_tokens
 from tinyllava.model.adapter import has_adapter
 from tinyllava.model.layout import why_not_plain
 from tinyllava.train.plan import Plan
 from tinyllava.train.report import colour_tokens, length_histogram, parts_table
 from tinyllava.train.stage import Setup, prepare
+from tinyllava.train.stand_ins import stand_ins
 
 SAMPLES = 4  # of the first micro-batch are shown
 
@@ -43,6 +47,17 @@ def look(recipe: Recipe, console: Console) -> None:
             console.print(f"... and {len(batch) - SAMPLES} more in this micro-batch", style="dim")
     console.print("", Rule(Text("the checkpoint", style="bold"), align="left"))
     console.print(*where_it_runs(setup), sep="\n", highlight=False)
+
+
+def look_offline(recipe: Recipe, console: Console) -> None:
+    """The same with stand-ins for what this machine lacks, after a list of them."""
+    with TemporaryDirectory() as folder:
+        made, said = stand_ins(recipe, Path(folder))
+        note = "their sizes, lengths and steps are not the recipe's" if said else "none are needed: everything is here"
+        console.print(f"[bold]stand-ins[/]  {note}", highlight=False)
+        for line in said:
+            console.print(f"  {line}", highlight=False, markup=False, soft_wrap=True)
+        look(made, console)
 
 
 def look_at_data(setup: Setup, console: Console) -> list[dict[str, Any]]:
@@ -79,19 +94,22 @@ def look_at_data(setup: Setup, console: Console) -> list[dict[str, Any]]:
 
 def show_item(setup: Setup, item: dict[str, Any], console: Console) -> None:
     """One sample: its pictures with their token counts, and its text with the supervised tokens in green."""
-    tokenizer, each = setup.processor.tokenizer, setup.processor.tokens_per_image
-    ids, labels = item["input_ids"], item["labels"]
+    tokenizer, ids, labels = setup.processor.tokenizer, item["input_ids"], item["labels"]
     known = not isinstance(setup.dataset, StreamingDataset)
     name = f"sample {setup.dataset.ids[item['index']] if known else item['index']}"
     learnt = int((labels[1:] != IGNORE).sum())
     console.print(f"\n[bold]{name}[/]  {len(ids)} positions, {learnt} supervised", highlight=False)
+    counts = []
     if item["pixel_values"] is not None:
         side = item["pixel_values"].shape[-1]
+        grids = item["image_grids"].tolist() if "image_grids" in item else [(1, 1)] * len(item["pixel_values"])
+        counts = image_tokens(setup.processor.tokens_per_image, grids)
         sizes = [f"{image.width}x{image.height}" for image in setup.dataset.images(item["index"])] if known else []
-        for number in range(len(item["pixel_values"])):
+        for number, ((rows, columns), count) in enumerate(zip(grids, counts, strict=True)):
             size = f"{sizes[number]} -> " if sizes else ""
-            console.print(f"  image {number + 1}: {size}{side}x{side} px, {each} tokens", highlight=False)
-    text = colour_tokens(ids.tolist(), labels.tolist(), tokenizer, image_token_id(tokenizer), each)
+            tiles = f" + {rows} x {columns} tiles" if rows * columns > 1 else ""
+            console.print(f"  image {number + 1}: {size}{side}x{side} px{tiles}, {count} tokens", highlight=False)
+    text = colour_tokens(ids.tolist(), labels.tolist(), tokenizer, image_token_id(tokenizer), counts)
     text.rstrip()
     console.print(Padding(text, (0, 2)))
 

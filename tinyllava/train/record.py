@@ -59,7 +59,7 @@ class RunRecord:
     """
 
     def __init__(self, directory: Path, recipe: Recipe, name: str):
-        self.path = directory / RUN
+        self.path, self.recipe_yaml = directory / RUN, recipe.to_yaml()
         self.content: dict[str, Any] = {
             "recipe": name,
             "fingerprint": recipe.fingerprint(),
@@ -90,7 +90,7 @@ class RunRecord:
     def of_stage(self, name: str, step: int) -> dict[str, Any]:
         """What a checkpoint of this stage carries."""
         facts = {key: self.content[key] for key in ("recipe", "fingerprint", "versions", "git")}
-        return {**facts, "stage": name, "step": step, **self.content["stages"][name]}
+        return {**facts, "recipe_yaml": self.recipe_yaml, "stage": name, "step": step, **self.content["stages"][name]}
 
 
 def is_main_process() -> bool:

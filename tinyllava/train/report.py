@@ -215,21 +215,23 @@ def colour_tokens(
     labels: Sequence[int],
     tokenizer: Any,
     image_token_id: int,
-    tokens_per_image: int | None = None,
+    image_tokens: Sequence[int] = (),
 ) -> Text:
     """A sample's text: supervised tokens green, the rest dim, line breaks visible, a picture as `<image x 729>`.
 
-    `tokens_per_image` tells images apart that stand side by side.
+    `image_tokens`, positions of each picture in order, tells those apart that stand side by side.
     """
-    text, at = Text(), 0
+    text, at, counts = Text(), 0, list(image_tokens)
     ids, supervised = [int(i) for i in input_ids], [int(label) != IGNORE for label in labels]
     for (is_image, learnt), run in groupby(
         zip(ids, supervised, strict=True), lambda pair: (pair[0] == image_token_id, pair[1])
     ):
         length = len(list(run))
         if is_image:
-            each = tokens_per_image if tokens_per_image and length % tokens_per_image == 0 else length
-            text.append(f"{IMAGE_TOKEN[:-1]} x {each}>" * (length // each), style="cyan")
+            while length > 0:
+                count = counts.pop(0) if counts else length
+                text.append(f"{IMAGE_TOKEN[:-1]} x {count}>", style="cyan")
+                at, length = at + count, length - count
         else:
             piece = _decode_after(ids[max(at - 1, 0) : at], ids[at : at + length], tokenizer)
             text.append(piece.replace("\n", "↵\n"), style="bold green" if learnt else "dim")

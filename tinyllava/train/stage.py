@@ -6,6 +6,8 @@
 A run is a directory. What is finished is not done again; what was interrupted goes on from its last whole checkpoint:
 
     runs/quickstart/  recipe.yaml  run.json  pretrain/  finetune/{metrics.jsonl, curve.png, checkpoint-500/, final/}
+
+A stage that quantises weights keeps them as they were in start/, unless it begins with a checkpoint that holds them.
 """
 
 import itertools
@@ -18,6 +20,7 @@ from pathlib import Path
 
 import torch
 from transformers import TrainingArguments
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.trainer_callback import PrinterCallback
 
 from tinyllava.config import Recipe, Stage
@@ -32,15 +35,20 @@ from tinyllava.model import checkpoint
 from tinyllava.model.adapter import has_adapter, merge
 from tinyllava.model.build import build
 from tinyllava.model.modeling import TinyLlavaForConditionalGeneration
+from tinyllava.model.parts import DTYPES
 from tinyllava.model.processor import TinyLlavaProcessor
+from tinyllava.model.quantise import compute_in
+from tinyllava.model.weight_files import part_files
 from tinyllava.train.arguments import training_arguments
 from tinyllava.train.record import RunRecord, is_main_process
 from tinyllava.train.report import ProgressBar, RunLog, parts_table
 from tinyllava.train.trainer import Trainer
-from tinyllava.train.tune import Tuned, apply_tuning
+from tinyllava.train.tune import Tuned, apply_tuning, select, unchanged
+from tinyllava.tuning import Selection
 
 logger = logging.getLogger("tinyllava")
 FINAL = "final"
+START = "start"
 # Parameters below which a second CPU thread does not pay: it saved 7 % of the time for 0.9 M (perf/README.md, Threads).
 # The other core then reads data.
 SMALL = 20_000_000
@@ -118,27 +126,36 @@ def prepare(
     An adapter that an earlier stage trained is merged: this stage decides anew what is trained.
     """
     stage = recipe.stages[name]
+    unset_hf_deepspeed_config()  # of the stage before: under its zero3, models would be made in shards
     source = start or (Path(recipe.model.checkpoint) if recipe.model.checkpoint else None)
     reuse: dict[str, list[Path]] = {}
     if source is None:
         model, processor, template = build(recipe.model, lambda: training_samples(recipe), recipe.seed, empty)
     else:
-        model, processor, template, _ = checkpoint.load(source)
+        dtype, lacking = ("auto", {}) if start else (recipe.model.dtype, recipe.model.lacking.given())
+        model, processor, template, _ = checkpoint.load(source, DTYPES[dtype], **lacking)
         if has_adapter(model):
             model = merge(model)
-        else:
-            reuse = checkpoint.part_files(source)
-    tuned = apply_tuning(model, stage.tune, recipe.seed)
+        elif dtype == "auto":
+            reuse = part_files(source)
+    selections = select(model, stage.tune)
+    quantised = [part for part, selection in selections.items() if selection.quantised]
+    if quantised and not empty and not all(reuse.get(part) for part in quantised):
+        reuse = keep_start(model, processor, template, output / START)
+    tuned = apply_tuning(model, stage.tune, recipe.seed, selections)
     args = training_arguments(stage, output, recipe.seed)
+    refuse_sharding(selections, args)
+    if quantised and (args.bf16 or args.fp16):
+        compute_in(model, torch.bfloat16 if args.bf16 else torch.float16)
     if (args.bf16 or args.fp16) and not args.deepspeed:  # master weights in fp32, as DeepSpeed keeps them by itself
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
-    frozen = [row.part for row in tuned if not row.trainable]
     data = {
         "template": Template.load(stage.template, compat=template.compat) if stage.template else template,
         "tokenizer": processor.tokenizer,
         "tokens_per_image": processor.tokens_per_image,
+        "tiles": processor.tiling,
         "pixels": processor.pixels,
         "max_length": stage.max_length or recipe.model.max_length,
         "on_bad_sample": stage.on_bad_sample,
@@ -151,13 +168,34 @@ def prepare(
         dataset, validation = split(dataset, stage.validation, seed=recipe.seed)
     elif stage.validation:
         validation = build_dataset(stage.validation, **data)
-    reuse = {part: files for part, files in reuse.items() if part in frozen}
+    reuse = {part: files for part, files in reuse.items() if part in unchanged(model)}
     return Setup(stage, model, processor, template, tuned, dataset, validation, args, reuse)
+
+
+def keep_start(
+    model: TinyLlavaForConditionalGeneration, processor: TinyLlavaProcessor, template: Template, directory: Path
+) -> dict[str, list[Path]]:
+    """Save what a stage starts from, and return its files: what checkpoints link once the weights are quantised."""
+    if is_main_process() and not is_whole(directory):
+        with checkpoint.aside(directory) as temporary:
+            checkpoint.save(model, processor, template, temporary)
+    return part_files(directory)
+
+
+def refuse_sharding(selections: dict[str, Selection], args: TrainingArguments) -> None:
+    """Raise UserError for what a tuning asks of a part whose weights would be sharded."""
+    zero3 = args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3
+    for part, selection in selections.items():
+        if selection.quantised and (zero3 or args.fsdp):
+            sharding = "zero3" if zero3 else "FSDP"
+            raise UserError(f"the {part} is quantised, and {sharding} cannot shard packed weights. Use zero2 or DDP.")
+        if selection.rows and args.fsdp:  # whose gradients never pass the parameter itself
+            raise UserError(f"FSDP cannot train single rows of the {part}. Use zero2, zero3 or DDP.")
 
 
 def make_trainer(setup: Setup, name: str, output: Path, record: RunRecord, order: list[int] | None = None) -> Trainer:
     """The Trainer of a stage. `order` fixes the order of samples (see plan.py)."""
-    frozen = [row.part for row in setup.tuned if not row.trainable]
+    kept = unchanged(setup.model)
     written = dict(setup.reuse)
 
     def save(directory: Path, state_dict: dict[str, torch.Tensor] | None) -> None:
@@ -165,7 +203,7 @@ def make_trainer(setup: Setup, name: str, output: Path, record: RunRecord, order
         facts = {**record.of_stage(name, step), "skipped_in_training": len(trainer.skipped)}
         files = checkpoint.save(setup.model, setup.processor, setup.template, directory, facts, state_dict, written)
         final = output / (FINAL if directory.name.startswith(f".{FINAL}") else f"checkpoint-{step}")
-        written.update({part: [final / path.name for path in files[part]] for part in frozen})
+        written.update({part: [final / path.name for path in files[part]] for part in kept})
 
     trainer = Trainer(
         model=setup.model,

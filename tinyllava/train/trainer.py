@@ -22,7 +22,7 @@ from tinyllava.errors import UserError
 from tinyllava.model import checkpoint
 from tinyllava.model.modeling import IGNORE
 from tinyllava.train.plan import Plan, PlannedBatches
-from tinyllava.train.tune import parameter_groups
+from tinyllava.train.tune import layer_classes, parameter_groups
 
 
 class PlannedLoader(DataLoader):
@@ -92,6 +92,8 @@ class Trainer(transformers.Trainer):
         self.stage, self.dataset, self.save_to, self.order = stage, dataset, save, order
         self.waited, self.skipped = 0.0, set()
         self._aside: Path | None = None
+        if args.fsdp:  # gathers a layer at a time, and towers name classes that stand in their text halves alone
+            model._no_split_modules = layer_classes(model)
         super().__init__(
             model=model,
             args=args,

@@ -1,7 +1,14 @@
 """`lora`: low-rank adapters on the part's linear layers (arXiv 2106.09685), through peft.
 
 tune: {llm: {lora: {r: 128, alpha: 256}, lr: 2.0e-4}}
+
+`use_dora` (arXiv 2402.09353), `use_rslora` (arXiv 2312.03732) and `init_lora_weights` are peft's. Its initialisations
+that rewrite the base weights (pissa, olora, ...) are left out: the base under an adapter never changes here. A tuning
+of your own can hand any field of peft's LoraConfig on in `Selection.lora`.
 """
+
+import re
+from typing import Literal
 
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
@@ -9,28 +16,46 @@ from pydantic.dataclasses import dataclass
 from tinyllava.errors import UserError
 from tinyllava.tuning import Part, Selection, linear_layers
 
-ATTENTION = r"(^|\.)(q|k|v|o|out|qkv|query|key|value|dense)(_proj)?$"
+PROJECTIONS = r"(^|\.)(to_)?(q|k|v|o|kv|qkv|out|query|key|value)(_proj)?$"
+ATTENTION = rf"{PROJECTIONS}|(attn|attention)\.(.*\.)?dense$"  # Phi's and DINOv2's output projections are `dense`
 
 
 @dataclass(config=ConfigDict(extra="forbid"))
 class Tuning:
-    """Adapters of rank `r`, scaled by alpha / r, on `targets`: all-linear, attention, or a regular expression on layer
-    names.
+    """Adapters of rank `r`, scaled by alpha / r (rsLoRA: alpha / sqrt(r)), on `targets`: all-linear, attention, or a
+    regular expression on layer names. `new_tokens` trains the rows of new tokens as well (see embeddings.py).
     """
 
     r: int = Field(default=64, gt=0)
     alpha: int = Field(default=16, gt=0)
     dropout: float = Field(default=0.0, ge=0, lt=1)
     targets: str = "all-linear"
+    new_tokens: bool = False
+    use_dora: bool = False
+    use_rslora: bool = False
+    init_lora_weights: bool | Literal["gaussian"] = True
 
     def select(self, part: Part) -> Selection:
-        """The linear layers that get an adapter. Raises UserError when `targets` match none."""
+        """The linear layers that get an adapter. Raises UserError when `targets` match none, or no token is new."""
         pattern = {"all-linear": None, "attention": ATTENTION}.get(self.targets, self.targets)
-        targets = [name for name in linear_layers(part.module, pattern) if part.used(name)]
+        try:
+            named = linear_layers(part.module, pattern)
+        except re.error as error:
+            raise UserError(f"LoRA targets '{self.targets}' are no regular expression: {error}.") from None
+        targets = [name for name in named if part.used(name)]
         if not targets:
             some = ", ".join(linear_layers(part.module)[:4]) or "no linear layers"
             raise UserError(
-                f"LoRA targets '{self.targets}' match nothing in the {part.name.replace('_', ' ')} ({some}, ...)."
+                f"LoRA targets '{self.targets}' match nothing in the {part.title} ({some}, ...)."
                 " Use all-linear, attention, or a regular expression on such names."
             )
-        return Selection(lora_targets=targets, lora={"r": self.r, "alpha": self.alpha, "dropout": self.dropout})
+        options = {
+            "r": self.r,
+            "lora_alpha": self.alpha,
+            "lora_dropout": self.dropout,
+            "use_dora": self.use_dora,
+            "use_rslora": self.use_rslora,
+            "init_lora_weights": self.init_lora_weights,
+        }
+        rows = part.require_new_rows() if self.new_tokens else {}
+        return Selection(lora_targets=targets, lora=options, rows=rows)

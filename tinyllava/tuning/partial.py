@@ -23,7 +23,7 @@ class Tuning:
         used = [block for block in part.blocks if part.used(block)]
         if self.last > len(used):
             raise UserError(
-                f"partial tuning of the {part.name.replace('_', ' ')} asks for its last {self.last} layers, but it has"
+                f"partial tuning of the {part.title} asks for its last {self.last} layers, but it has"
                 f" {len(used)} in use. Lower `last`, or use `full`."
             )
         chosen = tuple(f"{block}." for block in used[-self.last :])

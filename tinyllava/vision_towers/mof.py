@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedMode
 from transformers.modeling_outputs import BaseModelOutput
 
 from tinyllava.errors import UserError
-from tinyllava.vision_towers import size_options
+from tinyllava.vision_towers import family_name, size_options
 
 DEFAULTS = {"first": "clip_vision_model", "second": "dinov2"}
 
@@ -41,7 +41,7 @@ class VisionTower:
 
 def family(config: PreTrainedConfig) -> type[VisionTower]:
     """What the package knows about one of the two towers. Raises UserError for one that it does not know."""
-    name = config.model_type.removesuffix("_vision_model").removesuffix("_vision")
+    name = family_name(config)
     try:
         return import_module(f"tinyllava.vision_towers.{name}").VisionTower
     except ModuleNotFoundError:
