@@ -4,7 +4,6 @@ import io
 import json
 import logging
 import os
-import random
 import subprocess
 import sys
 import threading
@@ -14,32 +13,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import tinyllava
-from tests.conftest import LLAMA, PHI, SIGLIP
-from tests.tiny_session import WORDS, tiny_session
-from tinyllava import infer
+from tests.conftest import LLAMA
+from tests.tiny_session import NEW, PICTURES, WORDS, question, tiny_session
 from tinyllava.data import prompts
 from tinyllava.data.encode import expand
 from tinyllava.data.sample import Message, Sample, SampleError
 from tinyllava.errors import UserError
-from tinyllava.infer import Session, find_checkpoint
+from tinyllava.infer import Session, find_checkpoint, pictures
 from tinyllava.model import checkpoint
-
-BASE = {key: LLAMA[key] for key in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")}
-GROUPED = {**BASE, "num_key_value_heads": 2}
-LLMS = {
-    "llama": LLAMA,
-    "phi": PHI,  # rotates half of each head; its output head has a bias
-    "qwen2": {"model_type": "qwen2", **GROUPED},
-    "gemma": {"model_type": "gemma", **BASE, "num_key_value_heads": 1, "head_dim": 8},  # scales its embeddings
-    "mistral": {"model_type": "mistral", **GROUPED, "sliding_window": 16},
-    # learned positions: one token of padding too many, and every answer is another
-    "gpt2": {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 4, "tie_word_embeddings": False},
-}
-NEW = {"max_new_tokens": 10}
 
 
 @pytest.fixture(scope="module")
@@ -54,35 +38,7 @@ def fresh(request: pytest.FixtureRequest) -> None:
     if "session" in request.fixturenames:
         shared = request.getfixturevalue("session")
         shared.reset()
-        shared._features.clear()
-
-
-def picture(seed: int) -> Image.Image:
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (40, 50, 3), dtype=np.uint8))
-
-
-PICTURES = [picture(seed) for seed in range(4)]
-
-
-def question(seed: int, images: int | None = None) -> Sample:
-    """A question of some length with none, one or two pictures."""
-    rng = random.Random(seed)
-    images = rng.choice([0, 1, 1, 2]) if images is None else images
-    text = "<image>\n" * images + " ".join(rng.choices(WORDS, k=rng.randint(1, 4)))
-    return Sample([Message("user", text)], rng.sample(PICTURES, images), str(seed))
-
-
-@pytest.mark.parametrize("name", LLMS)
-def test_a_batch_changes_nothing(name: str) -> None:
-    session = tiny_session(LLMS[name], tower=SIGLIP)
-    samples = [question(seed) for seed in range(16)]
-    alone = [session.generate([sample], **NEW)[0] for sample in samples]
-    assert len(set(alone)) >= 8
-    for size in (2, 3, 5, 16, None):
-        order = list(range(16))
-        random.Random(size).shuffle(order)
-        answers = session.generate([samples[at] for at in order], batch_size=size, **NEW)
-        assert answers == [alone[at] for at in order], f"batches of {size}"
+        shared.pictures.kept.clear()
 
 
 def test_the_answers_are_those_of_transformers(session: Session, tmp_path: Path) -> None:
@@ -109,9 +65,9 @@ def test_the_answers_are_those_of_transformers(session: Session, tmp_path: Path)
 
 def test_a_conversation_shows_the_model_what_training_shows_it(session: Session, monkeypatch) -> None:
     shown = []
-    generate = session.model.generate
+    greedy = session.engine.greedy
     monkeypatch.setattr(
-        session.model, "generate", lambda **kw: shown.append(kw["input_ids"][0].tolist()) or generate(**kw)
+        session.engine, "greedy", lambda prompts, *rest: shown.append(prompts[0].ids) or greedy(prompts, *rest)
     )
     session.chat(WORDS[0], PICTURES[0], **NEW)
     session.chat("and <image> or <image>?", PICTURES[1:3], **NEW)
@@ -141,7 +97,7 @@ def test_a_failed_question_leaves_the_conversation_as_it_was(session: Session) -
 
 
 def test_an_answer_that_spells_the_placeholder_does_not_break_the_next_turn(session: Session, monkeypatch) -> None:
-    monkeypatch.setattr(session, "_answer", lambda prompts, **_: ["I see <image>."])
+    monkeypatch.setattr(session, "_answer", lambda prompts, **_: [(0, "I see <image>.")])
     session.chat("hello")
     session.chat("really?")
     assert session.conversation.messages[1].text == "I see image."
@@ -190,7 +146,7 @@ def count_encoded(session: Session, monkeypatch) -> list[int]:
 @pytest.mark.parametrize("cached", [100, 2])
 def test_every_picture_is_encoded_once(session: Session, monkeypatch, tmp_path: Path, cached: int) -> None:
     bytes_each = session.processor.tokens_per_image * session.model.config.text_config.hidden_size * 4
-    monkeypatch.setattr(infer, "IMAGE_CACHE", cached * bytes_each)
+    monkeypatch.setattr(pictures, "IMAGE_CACHE", cached * bytes_each)
     for number, image in enumerate(PICTURES):
         image.save(tmp_path / f"{number}.png")
     samples = [
@@ -198,12 +154,12 @@ def test_every_picture_is_encoded_once(session: Session, monkeypatch, tmp_path: 
         for at in range(72)
     ]
     alone = [session.generate([sample], **NEW)[0] for sample in samples[:8]]
-    session._features.clear()
+    session.pictures.kept.clear()
     runs = count_encoded(session, monkeypatch)
     answers = session.generate(samples, batch_size=4, **NEW)
     assert answers[:8] == alone
     assert sum(runs) == 4
-    assert len(session._features) == min(cached, 4)
+    assert len(session.pictures.kept) == min(cached, 4)
 
 
 def test_pictures_by_path_bytes_and_pil_are_the_same_and_a_changed_file_is_not(

@@ -1,6 +1,10 @@
 """A session on a tiny model whose weights are so random that its answers differ from question to question."""
 
+import random
+
+import numpy as np
 import torch
+from PIL import Image
 
 from tests.conftest import LLAMA, tiny_model
 from tinyllava.config import ModelSpec
@@ -9,6 +13,7 @@ from tinyllava.infer import Session
 from tinyllava.model.build import build
 
 WORDS = ["What is in the picture?", "a red cat and a blue dog", "How many are there?", "two, three or four of them"]
+NEW = {"max_new_tokens": 10}
 
 
 def corpus() -> list[Sample]:
@@ -28,3 +33,18 @@ def tiny_session(llm: dict = LLAMA, seed: int = 1, **more: object) -> Session:
             spread = 0.02 if parameter.dim() < 2 else 0.25
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * spread + float(scale))
     return Session(model, processor, template)
+
+
+def picture(seed: int) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (40, 50, 3), dtype=np.uint8))
+
+
+PICTURES = [picture(seed) for seed in range(4)]
+
+
+def question(seed: int, images: int | None = None) -> Sample:
+    """A question of some length with none, one or two pictures."""
+    rng = random.Random(seed)
+    images = rng.choice([0, 1, 1, 2]) if images is None else images
+    text = "<image>\n" * images + " ".join(rng.choices(WORDS, k=rng.randint(1, 4)))
+    return Sample([Message("user", text)], rng.sample(PICTURES, images), str(seed))

@@ -28,7 +28,7 @@ def test_pools_keep_pictures_together(seed: int, monkeypatch) -> None:
 
 def test_a_batch_has_similar_lengths_and_one_limit() -> None:
     rng = random.Random(0)
-    asked = {index: Prompt([], [], rng.randint(1, 3000)) for index in range(100)}
+    asked = {index: Prompt([0] * rng.randint(1, 3000), []) for index in range(100)}
     made = list(batches(asked, dict.fromkeys(asked, 8)))
     assert sorted(index for batch in made for index in batch) == list(range(100))
     lengths = [[asked[index].length for index in batch] for batch in made]
@@ -38,7 +38,7 @@ def test_a_batch_has_similar_lengths_and_one_limit() -> None:
     limits = {index: 8 if index % 3 else 5 for index in asked}
     assert all(len({limits[index] for index in batch}) == 1 for batch in batches(asked, limits, 7))
     assert [len(batch) for batch in batches(asked, dict.fromkeys(asked, 8), 30)] == [30, 30, 30, 10]
-    assert list(batches({0: Prompt([], [], 10**6)}, {0: 8})) == [[0]]  # too long for any batch, and still asked
+    assert list(batches({0: Prompt([0] * 10**6, [])}, {0: 8})) == [[0]]  # too long for any batch, and still asked
 
 
 def test_keys_tell_pictures_apart(tmp_path) -> None:

@@ -3,6 +3,7 @@
 The vectors lie in oracles/ (its README says how they were made); ORACLES=DIR names others of the same kinds.
 """
 
+import hashlib
 import json
 import os
 import shutil
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tinyllava.eval.benchmarks import _judge
 from tinyllava.factory import Factory
 
 FIXTURES = Path(__file__).parent / "oracles"
@@ -44,6 +46,12 @@ def copy_of(name, tmp_path):
     folder = tmp_path / "eval" / Factory("benchmarks").get(name).FOLDER
     shutil.copytree(FIXTURES / f"{name}_fixture", folder)
     return folder
+
+
+def with_preamble(root, monkeypatch):
+    """MM-Vet's evaluator is not ours to ship: one with another preamble, taken for the official one."""
+    (root / "mm-vet_evaluator.py").write_text('prompt = """a preamble\n"""\n')
+    monkeypatch.setattr(_judge, "PREAMBLE_SHA256", hashlib.sha256(b"a preamble\n").hexdigest())
 
 
 def write_mmmu(root):

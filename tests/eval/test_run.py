@@ -12,14 +12,17 @@ from oracle_tools import copy_of, write_mmmu
 from PIL import Image
 from rich.console import Console
 
+from tests.cli_tools import assert_refused, command_line  # noqa: F401  (the fixture `tinyllava`)
 from tests.tiny_session import tiny_session
 from tinyllava.data.sample import Message, Sample
 from tinyllava.errors import UserError
 from tinyllava.eval.ask import read_answers, sample_of, spread
 from tinyllava.eval.benchmarks import Question
 from tinyllava.eval.page import choose
-from tinyllava.eval.run import categories, evaluate, print_scores, stands_out
+from tinyllava.eval.results import categories
+from tinyllava.eval.run import evaluate
 from tinyllava.eval.score import score_answers
+from tinyllava.eval.table import print_scores, stands_out
 from tinyllava.factory import Factory
 from tinyllava.infer import Session
 from tinyllava.model import checkpoint
@@ -62,7 +65,7 @@ def stamps_root(tmp_path_factory):
 def make_pictures(questions) -> None:
     """A small picture wherever a question looks for one."""
     rng = np.random.default_rng(0)
-    for path in {path for question in questions for path in question.images}:
+    for path in sorted({path for question in questions for path in question.images}):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(rng.integers(0, 255, (32, 40, 3), dtype=np.uint8)).save(path, "PNG")
 
@@ -101,6 +104,39 @@ def test_stamps_beside_blind_and_majority(session, stamps_root, tmp_path) -> Non
     seen, blind = (read_answers(tmp_path / "eval" / "stamps" / f"answers{kind}.jsonl") for kind in ("", "_blind"))
     assert seen.keys() == blind.keys() and seen["text"] == blind["text"]
     assert any(seen[name]["text"] != blind[name]["text"] for name in seen)
+
+
+def test_two_checkpoints_are_evaluated_and_compared(tmp_path, tinyllava) -> None:
+    """A benchmark, a variant of another, and questions of one's own, from the command line."""
+    for name in ("pope", "textvqa"):
+        copy_of(name, tmp_path)
+        make_pictures(Factory("benchmarks").get(name).questions(tmp_path))
+    mine = tmp_path / "mine.jsonl"
+    lines = [{"question_id": n, "text": f"Is {n} even?", "answer": "yes" if n % 2 else "no"} for n in range(6)]
+    mine.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for number in (1, 2):
+        checkpoint = new_checkpoint(tmp_path / f"checkpoint{number}", seed=number)
+        arguments = ("--tasks", f"pope, textvqa-no-ocr,{mine}", "--data", tmp_path, "--output", tmp_path / f"{number}")
+        said = tinyllava("eval", checkpoint, *arguments)
+        assert said.code == 0, said.err
+        assert "TextVQA no-ocr" in said.out and f"{number}/eval/mine/samples.html" in said.out
+    results = json.loads((tmp_path / "1/results.json").read_text())
+    assert list(results["tasks"]) == ["pope", "textvqa-no-ocr", "mine"]
+    for name, entry in results["tasks"].items():
+        low, high = entry["interval"]
+        assert low <= entry["score"] <= high and len(entry["prompts"]) == 16
+        items = (tmp_path / "1/eval" / name / "items.jsonl").read_text().splitlines()
+        assert len(items) == entry["n"] and all(json.loads(line)["prompt"] for line in items)
+    assert results["tasks"]["textvqa-no-ocr"]["metric"] == "TextVQA (no OCR)"
+
+    said = tinyllava("eval", "--compare", tmp_path / "1", tmp_path / "2")
+    assert said.code == 0 and len(said.out.splitlines()) == 3 and said.out.startswith("POPE: ")
+    scored = tinyllava("score", "pope", "--data", tmp_path, "--answers", tmp_path / "1/eval/pope/answers.jsonl")
+    again = tmp_path / "1/eval/pope/answers.scores"
+    assert scored.code == 0 and json.loads((again / "results.json").read_text())["made_with"] == results["made_with"]
+    assert "cannot be told apart" in tinyllava("eval", "--compare", tmp_path / "1", again, "--tasks", "pope").out
+    graded = tinyllava("eval", "x", "--tasks", "pope", "--data", tmp_path, "--judge", "m")
+    assert_refused(graded, "--judge is for mmvet")
 
 
 def test_blind_takes_picture_and_placeholder_away() -> None:
@@ -209,10 +245,17 @@ def item(category: str, score: float | None, gold: object = "x") -> dict:
 def test_categories_count_what_they_say() -> None:
     seen = [item("a", 1.0, "yes"), item("a", 0.0, "no"), item("a", 1.0, "yes"), item("b", 0.3, ["x"] * 10)]
     blind = [item("a", 1.0), item("a", 0.0), item("a", 0.0), item("b", 0.0)]
-    table = categories(seen, blind)
-    assert table["a"] == {"accuracy": pytest.approx(2 / 3), "blind": pytest.approx(1 / 3), "majority": 2 / 3, "n": 3}
-    assert table["b"] == {"accuracy": 0.3, "blind": 0.0, "majority": None, "n": 1}
-    assert categories([item("a", None)], None) == {}  # a test split: a server scores it
+    table = categories(seen, blind, {"a": [0.1, 0.9]})
+    third = pytest.approx(1 / 3)
+    assert table["a"] == {
+        "accuracy": pytest.approx(2 / 3),
+        "interval": [0.1, 0.9],
+        "blind": third,
+        "majority": 2 / 3,
+        "n": 3,
+    }
+    assert table["b"] == {"accuracy": 0.3, "interval": None, "blind": 0.0, "majority": None, "n": 1}
+    assert categories([item("a", None)], None, {}) == {}  # a test split: a server scores it
     assert stands_out({"accuracy": 0.9, "blind": 0.5, "majority": 0.5, "n": 100})
     assert not stands_out({"accuracy": 0.55, "blind": 0.5, "majority": None, "n": 100})
 
@@ -237,9 +280,13 @@ def test_the_page_takes_turns() -> None:
 def test_the_table_shows_each_category(session, stamps_root, tmp_path) -> None:
     results = evaluate(session, ["stamps"], stamps_root, tmp_path, progress=False)
     console = Console(file=io.StringIO(), width=100)
-    print_scores(results, console)
+    print_scores(results, console=console)
     text = console.file.getvalue()
     row = results["categories"]["colour"]
     numbers = [f"{100 * row[name]:.1f}" for name in ("accuracy", "blind", "majority")]
-    assert ["colour", *numbers, "20"] in [line.split() for line in text.splitlines()]
+    low, high = (f"{100 * bound:.1f}" for bound in row["interval"])
+    assert float(low) <= float(numbers[0]) <= float(high)
+    assert ["colour", numbers[0], f"{low}\u2013{high}", *numbers[1:], "20"] in [
+        line.split() for line in text.splitlines()
+    ]
     assert "Stamps accuracy over all questions" in text

@@ -1,10 +1,13 @@
 """Answers files: strict matching, torn lines, foreign formats, partial scoring."""
 
+import shutil
+
 import pytest
 from oracle_tools import answer_all, copy_of
 
+from tests.cli_tools import assert_refused, command_line  # noqa: F401  (the fixture `tinyllava`)
 from tinyllava.errors import UserError
-from tinyllava.eval.benchmarks import Question, pope
+from tinyllava.eval.benchmarks import Question, mme, pope
 from tinyllava.eval.score import match, score_answers
 
 
@@ -13,7 +16,7 @@ def test_torn_and_foreign_answers(tmp_path):
     answers = answer_all(pope, root, tmp_path / "answers.jsonl", "no")
     whole = answers.read_bytes()
     answers.write_bytes(whole[:-1] + b'\n{"question_id": 30, "text": "caf\xc3')  # killed inside a character
-    with pytest.raises(UserError, match=r"1 broken; for example line 31"):
+    with pytest.raises(UserError, match=r"1 broken \(line 31 is no JSON\)"):
         score_answers("pope", root, answers)
     assert score_answers("pope", root, answers, allow_partial=True)["counts"]["broken"] == 1
 
@@ -27,10 +30,37 @@ def test_torn_and_foreign_answers(tmp_path):
         score_answers("pope", root, answers)
     with pytest.raises(UserError, match="no answers file"):
         score_answers("pope", root, tmp_path / "nowhere.jsonl")
-    with pytest.raises(UserError, match=r"no option 'ocr'. It takes: eps"):
+    with pytest.raises(UserError, match=r"no option 'ocr'. It takes: eps, in_order"):
         score_answers("pope", root, answers, ocr=False)
     with pytest.raises(UserError, match="did you mean 'pope'"):
         score_answers("popee", root, answers)
+
+
+def test_what_is_wrong_is_said_in_two_lines(tmp_path, tinyllava):
+    root = copy_of("mme", tmp_path)
+    answers = answer_all(
+        mme, root, tmp_path / "a.jsonl", lambda q: "\tyes\nit\tis\n" if q.answer == "Yes" else "No\r\n"
+    )
+    said = tinyllava("score", "mme", "--data", tmp_path, "--answers", answers)  # tabs and newlines
+    assert said.code == 0 and "2000.00" in said.out and "cognition 800" in said.out
+    score = ("score", "mme", "--data", tmp_path, "--answers", answers)
+    lines = answers.read_text().splitlines(keepends=True)
+    answers.write_text("".join([*lines[:3], "{broken\n", *lines[3:-4], *lines[5:7], lines[-1][:-20]]))
+    assert_refused(tinyllava(*score), "4 missing (", ", ...)", "2 duplicate (", "2 broken (line 4 is no JSON, line ")
+    assert tinyllava(*score, "--allow-partial").code == 0
+    assert "4 missing, 2 duplicate, 2 broken" in tinyllava(*score, "--allow-partial").out.replace(", 0 unknown", "")
+    assert_refused(tinyllava("score", "mmee", *score[2:]), "unknown benchmark 'mmee'; did you mean 'mme'")
+    assert_refused(tinyllava("score", "mme", *score[4:]), "--data ROOT")
+    shutil.rmtree(root / "MME_Benchmark_release_version")
+    assert_refused(tinyllava(*score), "expected MME_Benchmark_release_version", f"{tmp_path / 'eval' / 'MME'}")
+
+
+def test_answers_without_prompts_cannot_be_joined_in_textvqa(tmp_path):
+    root = copy_of("textvqa", tmp_path)
+    answers = tmp_path / "a.jsonl"
+    answers.write_text('{"question_id": "97b750923ceb3ffd", "text": "nokia"}')
+    with pytest.raises(UserError, match=r"a\.jsonl: no question can be found in the TextVQA prompt ''"):
+        score_answers("textvqa", root, answers)
 
 
 def test_partial_answers_are_scored_and_counted(tmp_path):

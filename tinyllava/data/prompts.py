@@ -1,30 +1,35 @@
 """Prompts -> batches: which questions go through a model together, and which pictures are the same one.
 
-Padding costs time, and so does encoding a picture again. So questions on the same pictures stay together in a pool, and
-inside a pool they are batched by length. Knows no model.
+Padding costs time, and so does computing a picture again. So questions on the same pictures stay together, in a pool
+and in its batches, and batches are made by length. Knows no model.
 """
 
 import hashlib
+import os
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from PIL import Image
 
 from tinyllava.data.images import Reference, is_file_reference
 
 POOL = 1024  # prompts sorted by length together: more pad less, and keep the first answer waiting longer
-ROWS, POSITIONS = 64, 8192  # the default batch; Phi-2's keys and values take 2.7 GB for 8192 positions in bf16
+ROWS, POSITIONS = 128, 8192  # the default batch; Phi-2's keys and values take 2.7 GB for 8192 positions in bf16
 
 ImageKey = tuple[Hashable, ...]
+K = TypeVar("K", bound=Hashable)
 
 
 class Prompt(NamedTuple):
     """What is asked, up to where the model speaks."""
 
-    ids: list[int]  # with ONE image id a picture
+    ids: list[int]  # with as many image ids for a picture as it has tokens
     images: list[tuple[ImageKey, Reference]]
-    length: int  # positions, after every image id has become as many as a picture takes
+
+    @property
+    def length(self) -> int:
+        """Positions in the LLM."""
+        return len(self.ids)
 
 
 def image_key(image: Reference) -> ImageKey:
@@ -37,9 +42,10 @@ def image_key(image: Reference) -> ImageKey:
         return ("bytes", hashlib.sha256(image).digest())
     if not is_file_reference(image):
         return ("url", image)
-    if not Path(image).is_file():
+    try:
+        state = os.stat(image)
+    except (OSError, ValueError):
         return ("missing", image)  # opening it says so
-    state = Path(image).stat()
     return ("file", image, state.st_mtime_ns, state.st_size)
 
 
@@ -66,20 +72,34 @@ def pools(keys: Sequence[tuple[ImageKey, ...]], images: int) -> Iterator[list[in
         yield pool
 
 
-def batches(prompts: Mapping[int, Prompt], limits: Mapping[int, int], size: int | None = None) -> Iterator[list[int]]:
+def batches(
+    prompts: Mapping[K, Prompt], limits: Mapping[K, int], size: int | None = None, positions: int = POSITIONS
+) -> Iterator[list[K]]:
     """Keys of `prompts` in batches of similar length, the longest first (so that too little memory shows at once).
 
-    A batch has `size` rows, by default as many as ROWS and POSITIONS allow, and one limit on new tokens: a prompt that
-    has less room than others must not shorten their answers.
+    A batch has `size` rows, by default as many as ROWS and `positions` allow, and one limit on new tokens: a prompt
+    that has less room than others must not shorten their answers. Prompts on the same pictures are parted only where
+    they fill a batch.
     """
-    batch: list[int] = []
-    for index in sorted(prompts, key=lambda index: -prompts[index].length):
-        if batch:
-            longest = prompts[batch[0]].length
-            full = len(batch) == size if size else len(batch) == ROWS or (len(batch) + 1) * longest > POSITIONS
-            if full or limits[index] != limits[batch[0]]:
+    groups: dict[Hashable, list[K]] = {}
+    for key in sorted(prompts, key=lambda key: -prompts[key].length):
+        shown = tuple(image for image, _ in prompts[key].images)
+        groups.setdefault((shown, limits[key]) if shown else key, []).append(key)
+    batch: list[K] = []
+
+    def is_full(more: int, limit: int) -> bool:
+        rows = len(batch) + more
+        over = rows > size if size else rows > ROWS or rows * prompts[batch[0]].length > positions
+        return over or limit != limits[batch[0]]
+
+    for group in groups.values():
+        if batch and is_full(len(group), limits[group[0]]):
+            yield batch
+            batch = []
+        for key in group:
+            if batch and is_full(1, limits[key]):
                 yield batch
                 batch = []
-        batch.append(index)
+            batch.append(key)
     if batch:
         yield batch

@@ -1,12 +1,9 @@
 """From questions to answers.jsonl: one line an answer, as they come, and on from there after a kill.
 
-Lines hold nothing but the question's ids, its prompt and the answer, so that a run with interruptions leaves the same
-lines as one without, up to their order.
+Several processes (workers.py) take chunks of questions in turns, each writing a file of its own; the first joins them.
 """
 
-import json
-import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -16,14 +13,13 @@ from rich.text import Text
 
 from tinyllava.console import messages
 from tinyllava.data.sample import IMAGE_PART, IMAGE_TOKEN, Message, Sample
-from tinyllava.errors import UserError
+from tinyllava.eval.answers import Answers, join_parts, line_of, part_of, read_answers
 from tinyllava.eval.benchmarks import Question, record_of
+from tinyllava.eval.choose import Choice
+from tinyllava.eval.workers import Workers
 from tinyllava.infer import Session
 
-logger = logging.getLogger("tinyllava")
-MADE_WITH = "made_with.json"
-
-Answers = dict[str, dict[str, Any]]  # records by Question.id
+CHUNKS = 8  # for each process, so that none waits long for another at the end
 
 
 def sample_of(question: Question, blind: bool = False) -> Sample:
@@ -42,81 +38,85 @@ def ask(
     title: str = "",
     progress: bool = True,
     batch_size: int | None = None,
+    choice: Choice | None = None,
+    workers: Workers | None = None,
     **generation: Any,
 ) -> Answers:
-    """Ask what `path` does not answer yet, and append each answer to it; returns the answers to `questions`."""
+    """Ask what `path` does not answer yet, and append each answer to it; returns the answers to `questions`.
+
+    Of several processes each asks a part, and all return when all is answered.
+    """
+    workers = workers or Workers()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if workers.is_main:
+        join_parts(path)
+    workers.meet(f"{path} joined")
     given = read_answers(path)
     left = [question for question in questions if question.id not in given]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file, _bar(progress and bool(left)) as bar:
+    own = path if workers.count == 1 else part_of(path, workers.rank)
+    with own.open("a", encoding="utf-8") as file, _bar(progress and workers.is_main and bool(left)) as bar:
         before = len(questions) - len(left)
         row = bar.add_task(title, total=len(questions), completed=before, before=before)
-        samples = [sample_of(question, blind) for question in left]
-        for index, text in session.generate_each(samples, batch_size, **generation):
-            question = left[index]
-            given[question.id] = {"id": question.id, **record_of(question), "text": text}
-            file.write(json.dumps(given[question.id], ensure_ascii=False) + "\n")
-            file.flush()
-            bar.advance(row)
-    return {question.id: given[question.id] for question in questions}
+        for chunk in workers.take(f"{path} taken", chunks(left, workers.count)):
+            samples = [sample_of(question, blind) for question in chunk]
+            for index, text in _answers(session, chunk, samples, choice, batch_size, **generation):
+                question = chunk[index]
+                given[question.id] = {"id": question.id, **record_of(question), "text": text}
+                file.write(line_of(given[question.id]))
+                file.flush()
+                bar.update(row, completed=before + workers.add(f"{path} answered", 1))
+    workers.meet(f"{path} answered by all")
+    if workers.count > 1 and workers.is_main:
+        join_parts(path)
+        given = read_answers(path)
+    workers.meet(f"{path} whole")
+    return {question.id: given[question.id] for question in questions if question.id in given}
 
 
-def read_answers(path: Path) -> Answers:
-    """The answers in `path` (none if it is not there); a last line that a kill tore is cut off.
-
-    Raises UserError for any other line that is no answer.
-    """
-    if not path.is_file():
-        return {}
-    data = path.read_bytes()
-    whole = data.rfind(b"\n") + 1
-    if whole < len(data):
-        logger.warning("%s: its last line was torn; that question is asked again", path)
-        with path.open("rb+") as file:
-            file.truncate(whole)
-    answers: Answers = {}
-    for number, line in enumerate(data[:whole].split(b"\n")[:-1], start=1):
-        try:
-            record = json.loads(line)
-            answers[record["id"]] = record
-        except (ValueError, KeyError, TypeError):
-            raise UserError(
-                f"{path}, line {number} is no answer: {line[:80]!r}. Remove the line, or the file."
-            ) from None
-    return answers
+def _answers(
+    session: Session,
+    questions: Sequence[Question],
+    samples: Sequence[Sample],
+    choice: Choice | None,
+    batch_size: int | None,
+    **generation: Any,
+) -> Iterator[tuple[int, str]]:
+    """(index, answer): the likeliest of a question's options where a choice is asked for, else what the model says."""
+    options = [choice.options(question) if choice else () for question in questions]
+    closed = [index for index, own in enumerate(options) if own]
+    spoken = [index for index, own in enumerate(options) if not own]
+    if closed:
+        asked, own = [samples[index] for index in closed], [options[index] for index in closed]
+        for at, found in session.loglikelihood_each(asked, own, batch_size):
+            yield closed[at], choice.pick(own[at], found)
+    for at, text in session.generate_each([samples[index] for index in spoken], batch_size, **generation):
+        yield spoken[at], text
 
 
-def claim(folder: Path, made: dict[str, Any]) -> None:
-    """Make `folder` the place for answers made like this; those made otherwise are moved beside it, never mixed."""
-    path = folder / MADE_WITH
-    if path.is_file():
-        before = json.loads(path.read_text(encoding="utf-8"))
-        if before != made:
-            number = 1
-            while (aside := folder.with_name(f"{folder.name}.{number}")).exists():
-                number += 1
-            folder.rename(aside)
-            other = ", ".join(name for name in made if before.get(name) != made[name])
-            logger.warning("answers in %s were made with another %s: moved to %s", folder, other, aside.name)
-    write(path, json.dumps(made, indent=2) + "\n")
+def chunks(questions: Sequence[Question], processes: int) -> list[list[Question]]:
+    """What a process takes at a time: all of them if it is alone, else some pictures with all their questions."""
+    size = len(questions) if processes == 1 else -(-len(questions) // (CHUNKS * processes))
+    made: list[list[Question]] = []
+    for group in by_picture(questions):
+        if not made or len(made[-1]) >= size:
+            made.append([])
+        made[-1] += group
+    return made
 
 
-def write(path: Path, text: str) -> None:
-    """Write a file whole: beside its place, then renamed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.partial")
-    beside.write_text(text, encoding="utf-8")
-    beside.replace(path)
+def by_picture(questions: Sequence[Question]) -> list[list[Question]]:
+    """Questions on the same pictures together; each of those without a picture alone."""
+    groups: dict[Any, list[Question]] = {}
+    for question in questions:
+        groups.setdefault(question.images or question.id, []).append(question)
+    return list(groups.values())
 
 
 def spread(questions: list[Question], limit: int | None) -> list[Question]:
     """At most `limit` questions, evenly over the pictures, with all of a picture's: MME scores them together."""
     if limit is None or limit >= len(questions):
         return questions
-    groups: dict[Any, list[Question]] = {}
-    for question in questions:
-        groups.setdefault(question.images or question.id, []).append(question)
-    pictures = list(groups.values())
+    pictures = by_picture(questions)
     wanted = min(len(pictures), -(-limit * len(pictures) // len(questions)))
     chosen = [question for at in range(wanted) for question in pictures[at * len(pictures) // wanted]]
     return chosen[:limit]

@@ -14,6 +14,7 @@ from PIL import Image
 
 from tinyllava.data.images import open_image
 from tinyllava.eval.benchmarks import Question
+from tinyllava.eval.table import percent, span
 
 SIDE = 320  # pixels of an embedded picture's longer side
 SMALL = 128  # pixels up to which a picture is kept exactly, and enlarged without blurring
@@ -55,12 +56,13 @@ def sample_page(
     cards = [_card(by_id[item["id"]], item, answers[item["id"]]["text"]) for item in choose(results["items"], count)]
     title, score = escape(results["title"]), results["score"]
     number = "not scored here" if score is None else f"{score:.1f}"
+    sure = f", 95 % interval {span(results['interval'])}" if results["interval"] else ""
     path.write_text(
         f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{title}: {number}</title><style>{STYLE}</style></head><body>
 <h1>{title}: {number}</h1>
-<p>{escape(results["metric"])}, {results["n"]:,} questions</p>
+<p>{escape(results["metric"])}, {results["n"]:,} questions{sure}</p>
 {_table(results["categories"])}
 <h2>{len(cards)} of them, right and wrong answers in turn</h2>
 <main>{"".join(cards)}</main>
@@ -126,8 +128,3 @@ def _embedded(reference: str) -> str:
     image.save(stream, "PNG" if small else "JPEG", quality=85)
     kind, style = ("png", ' style="image-rendering:pixelated"') if small else ("jpeg", "")
     return f'src="data:image/{kind};base64,{base64.b64encode(stream.getvalue()).decode()}"{style}'
-
-
-def percent(share: float | None) -> str:
-    """0.5 as 50.0; nothing for None."""
-    return "" if share is None else f"{100 * share:.1f}"

@@ -18,15 +18,22 @@ and the official rules as public functions (`parse`, `normalize`, `score`, `aggr
 
     references(root)        `questions` without what only asking needs (prompts, OCR); default: `questions`
     key(record) -> str      joins an answer to its question where question_ids repeat; default: the question_id
-    headline(items)         `score` again from (resampled) items; default: 100 x the mean of their scores
+    tally(item)             what an item adds to the sums that `score` is made of; default: {score: ..., n: 1}
+    headline(sums)          `score` again from those sums, which may be of resampled items; default: 100 x score / n
+    from_short_name         `variants(...)`: names like vqav2-val, and the options of the functions above they stand for
+    choose_from(question)   what TASK-likelihood chooses from; () where it has to be said in words
     COUNT_DUPLICATES        True: a second answer counts again, as in the official scorer; default: the last wins
 
 An answer record is a dict with question_id, text and, in files of ours and of the original, prompt.
 """
 
-from collections.abc import Iterable
+import hashlib
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from pathlib import PurePath
 from typing import Any
+
+from tinyllava.errors import UserError
 
 SHORT_ANSWER = "Answer the question using a single word or phrase."
 LETTER_ANSWER = "Answer with the option's letter from the given choices directly."
@@ -85,7 +92,40 @@ def result(
     }
 
 
+def fingerprint(questions: Iterable[Question]) -> str:
+    """A hash of what is asked about, in any order: ids, names of pictures, and the right answers."""
+    facts = sorted((q.id, [PurePath(image).name for image in q.images], repr(q.answer)) for q in questions)
+    return hashlib.sha256(repr(facts).encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
 def mean(values: Iterable[float]) -> float:
     """Arithmetic mean; 0 of nothing."""
     values = list(values)
     return sum(values) / len(values) if values else 0.0
+
+
+def tally(item: dict[str, Any]) -> dict[str, float]:
+    """What an item adds to the sums of a plain mean."""
+    return {"score": item["score"], "n": 1}
+
+
+def headline(sums: dict[str, float]) -> float:
+    """The plain mean in percent, from the sums; 0 of nothing."""
+    return 100 * sums["score"] / sums["n"] if sums.get("n") else 0.0
+
+
+def variants(known: dict[str, dict[str, Any]]) -> Callable[[str], dict[str, Any] | None]:
+    """`from_short_name` of a benchmark with these variants: textvqa-test-no-ocr is {split: test, ocr: False}."""
+
+    def from_short_name(name: str) -> dict[str, Any] | None:
+        benchmark, _, rest = name.partition("-")
+        options: dict[str, Any] = {}
+        while rest:
+            word = max((one for one in known if f"{rest}-".startswith(f"{one}-")), key=len, default=None)
+            if word is None:
+                raise UserError(f"{benchmark} has no variant '{rest}'. Known: {', '.join(known)}.")
+            options |= known[word]
+            rest = rest[len(word) + 1 :]
+        return options or None
+
+    return from_short_name

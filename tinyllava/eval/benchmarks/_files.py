@@ -14,12 +14,20 @@ def find(root: str | Path, folder: str, *names: str) -> Path | None:
 
 
 def need(root: str | Path, folder: str, *names: str, hint: str = "") -> Path:
-    """Like `find`, but a missing file is a UserError that says what was expected where."""
+    """Like `find`, but a missing file is a UserError that says what was expected where.
+
+    `names` may hold patterns of the Hub's parquet files (see `_hub`), which are only ever named here.
+    """
     path = find(root, folder, *names)
     if path is None:
         places = f"{Path(root)}, {Path(root) / folder} or {Path(root) / 'eval' / folder}"
         raise UserError(f"expected {' or '.join(names)} in {places}, and found none.{' ' + hint if hint else ''}")
     return path
+
+
+def remedy(task: str) -> str:
+    """What to do about a benchmark's missing files."""
+    return f"`tinyllava data prepare {task}` gets it, or says where it is to be had."
 
 
 def read_json(path: Path) -> Any:

@@ -1,20 +1,25 @@
-"""MM-Vet's judge: the prompt, the reply, and when to ask again.
+"""MM-Vet's judge: the prompt, the reply, when to ask again, and the file that keeps the grades.
 
 Source: `runs` of yuweihao/MM-Vet `mm-vet_evaluator.py`, acde843. The client is a function, so that tests need no judge.
 """
 
 import hashlib
 import json
-import os
+import logging
 import re
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from rich.progress import track
+
+from tinyllava.console import messages
 from tinyllava.errors import UserError
 from tinyllava.eval.benchmarks import Question
 from tinyllava.eval.benchmarks._files import read_json
+
+logger = logging.getLogger("tinyllava")
 
 SOURCE = "github.com/yuweihao/MM-Vet, commit acde843"
 JUDGE_MAX_TOKENS = 3  # of a reply, in one user message without a system message
@@ -89,18 +94,69 @@ def judge(
 def grade_all(
     ask: Ask, predictions: dict[str, tuple[Question, str]], grades_file: Path, model: str, preamble: str, runs: int = 1
 ) -> dict[str, Any]:
-    """Fill `grades_file` (the official form) with `runs` grades of every prediction, saved after each: resumable."""
-    grades = read_json(grades_file) if grades_file.exists() else {}
-    for run in range(runs):
-        for name, (question, text) in predictions.items():
-            grade = grades.setdefault(name, {"model": [], "content": [], "score": []})
-            if len(grade["score"]) > run:
-                continue
-            verdict = judge(ask, question.text, question.answer, text, preamble)
-            grade["model"].append(model)
-            grade["content"].append(verdict.content)
-            grade["score"].append(verdict.score)
-            part = grades_file.with_suffix(".part")
-            part.write_text(json.dumps(grades, indent=4), encoding="utf-8")
-            os.replace(part, grades_file)  # a kill leaves the old file or the new one, never half of one
+    """`runs` grades of every prediction, in the official form; those that `grades_file` lacks are asked for.
+
+    The file gets a line a grade, as they come, under a key of all that decides it (judge, prompt, run), so that a kill
+    loses none and a changed answer is graded anew.
+    """
+    kept = {line["key"]: line for line in read_grades(grades_file)}
+    grades: dict[str, Any] = {name: {"model": [], "content": [], "score": []} for name in predictions}
+    wanted = [(run, name) for run in range(runs) for name in predictions]
+    grades_file.parent.mkdir(parents=True, exist_ok=True)
+    cut_torn_line(grades_file)
+    with grades_file.open("a", encoding="utf-8") as file:
+        shown = {"console": messages, "transient": True, "disable": not messages.is_terminal}
+        for run, name in track(wanted, f"asking {model}", **shown):
+            question, text = predictions[name]
+            prompt = judge_prompt(question.text, question.answer, text, preamble)
+            key = hashlib.sha256(json.dumps([model, prompt, run]).encode()).hexdigest()[:16]
+            if key not in kept:
+                verdict = judge(ask, question.text, question.answer, text, preamble)
+                kept[key] = {"key": key, "id": name, "prediction": text, "run": run, "model": model}
+                kept[key] |= verdict._asdict()
+                file.write(json.dumps(kept[key], ensure_ascii=False) + "\n")
+                file.flush()
+            for field in ("model", "content", "score"):
+                grades[name][field].append(kept[key][field])
     return grades
+
+
+def read_grades(path: Path) -> list[dict[str, Any]]:
+    """The lines of a file of grades (none if it is not there), without a last one that a kill tore."""
+    if not path.is_file():
+        return []
+    *whole, torn = path.read_bytes().split(b"\n")
+    if torn:
+        logger.warning("%s: its last line is torn, and counts for nothing", path)
+    lines = []
+    for number, line in enumerate(whole, start=1):
+        try:
+            grade = json.loads(line)
+            lines.append(
+                {name: grade[name] for name in ("key", "id", "prediction", "run", "model", "content", "score")}
+            )
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"{path}, line {number} is no grade: {line[:80]!r}. Remove the line.") from None
+    return lines
+
+
+def cut_torn_line(path: Path) -> None:
+    """Make room for the next line after a kill."""
+    if path.is_file():
+        with path.open("rb+") as file:
+            file.truncate(file.read().rfind(b"\n") + 1)
+
+
+def given_grades(path: Path, predictions: dict[str, tuple[Question, str]]) -> dict[str, Any]:
+    """The grades in `path` in the official form: official JSON, or those of our lines that are of these predictions, of
+    which the last of a run counts."""
+    if path.suffix != ".jsonl":
+        return read_json(path)
+    runs: dict[str, dict[int, dict[str, Any]]] = {}
+    for line in read_grades(path):
+        if line["id"] in predictions and line["prediction"] == predictions[line["id"]][1]:
+            runs.setdefault(line["id"], {})[line["run"]] = line
+    return {
+        name: {field: [of[run][field] for run in sorted(of)] for field in ("model", "content", "score")}
+        for name, of in runs.items()
+    }

@@ -1,19 +1,22 @@
 """GQA testdev-balanced: 12,578 compositional questions on 398 pictures, exact match.
 
-    tinyllava eval CHECKPOINT --tasks gqa --data ROOT
+    tinyllava eval CHECKPOINT --tasks gqa --data ROOT                   # gqa-val: the 132,062 of val-balanced
+    tinyllava score gqa-consistency --data ROOT --answers FILE          # with the answers to unbalanced questions too
 
 Rules: GQA `eval.py` 1.2 with the patch that testdev needs (no scene graphs, choices optional), as vendored in
 Video-LLaVA 1d28d6e; answers are first converted as in TinyLLaVA's `convert_gqa_for_eval.py`.
 """
 
+import ast
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from tinyllava.errors import UserError
-from tinyllava.eval.benchmarks import SHORT_ANSWER, Question, item, mean, result
-from tinyllava.eval.benchmarks._files import find, need, read_json, read_jsonl
+from tinyllava.eval.benchmarks import SHORT_ANSWER, Question, item, mean, result, variants
+from tinyllava.eval.benchmarks import _hub as hub
+from tinyllava.eval.benchmarks._files import find, need, read_json, read_jsonl, remedy
 
 TITLE = "GQA"
 FOLDER = "gqa"
@@ -21,32 +24,68 @@ SCORER = "GQA eval.py 1.2"
 MAX_NEW_TOKENS = 128
 
 LLAVA_FILE = "llava_gqa_testdev_balanced.jsonl"
-FILE = "testdev_balanced_questions.json"
-FILES = (FILE, f"questions/{FILE}", f"data/{FILE}")
-HINT = "It is in questions1.2.zip of cs.stanford.edu/people/dorarad/gqa/download.html."
+from_short_name = variants({"val": {"split": "val"}, "consistency": {"consistency": True}})
 
 
-def questions(root: str | Path) -> list[Question]:
-    """The questions of LLaVA's `llava_gqa_testdev_balanced.jsonl`, else of the official file."""
-    llava, official = find(root, FOLDER, LLAVA_FILE), find(root, FOLDER, *FILES)
+def files(split: str) -> tuple[str, ...]:
+    """Where the official questions of a split may lie."""
+    name = f"{split}_balanced_questions.json"
+    return name, f"questions/{name}", f"data/{name}"
+
+
+def questions(root: str | Path, split: str = "testdev") -> list[Question]:
+    """The questions of LLaVA's `llava_gqa_testdev_balanced.jsonl`, else of the release or the Hub's copy of it."""
+    llava = find(root, FOLDER, LLAVA_FILE) if split == "testdev" else None
     if not llava:
-        return references(root)
-    gold = read_json(official) if official else {}
-    found = []
-    for q in read_jsonl(llava):
-        image = str(llava.parent / "images" / q["image"])
-        found.append(_question(q["question_id"], gold.get(q["question_id"], {}), q["text"], image))
-    return found
-
-
-def references(root: str | Path) -> list[Question]:
-    """The official questions with their answers. Only balanced ones need an answer."""
-    path = need(root, FOLDER, *FILES, hint=HINT)
-    images = find(root, FOLDER, "images") or path.parent / "images"
+        return references(root, split)
+    gold, picture = _release(root, split), _pictures(root, split)
     return [
-        _question(qid, q, f"{q['question']}\n{SHORT_ANSWER}", str(images / f"{q['imageId']}.jpg"))
-        for qid, q in read_json(path).items()
+        _question(q["question_id"], gold.get(q["question_id"], {}), q["text"], picture(q["image"]))
+        for q in read_jsonl(llava)
     ]
+
+
+def references(root: str | Path, split: str = "testdev") -> list[Question]:
+    """The official questions with their answers. Only balanced ones need an answer."""
+    release, picture = _release(root, split), _pictures(root, split)
+    if not release:
+        need(root, FOLDER, *files(split), _hub_files(split, "instructions"), hint=remedy("gqa"))
+    return [
+        _question(qid, q, f"{q['question']}\n{SHORT_ANSWER}", picture(f"{q['imageId']}.jpg"))
+        for qid, q in release.items()
+    ]
+
+
+def _hub_files(split: str, what: str) -> str:
+    return f"{split}_balanced_{what}/{split}-*.parquet"
+
+
+def _release(root: str | Path, split: str) -> dict[str, dict[str, Any]]:
+    """The official questions by id, from their file or the Hub's copy; none where neither is."""
+    path = find(root, FOLDER, *files(split))
+    if path:
+        return read_json(path)
+    copies = hub.rows(
+        hub.tables(root, FOLDER, _hub_files(split, "instructions")), "id", "imageId", "question", "answer", "types"
+    )
+    return {
+        row["id"]: {**row, "entailed": _listed(row["entailed"]), "semantic": hub.records(row["semantic"])}
+        for row in copies
+    }
+
+
+def _listed(text: str | None) -> list[str]:
+    """The Hub's copy keeps this list as the text of one."""
+    return ast.literal_eval(text) if text else []
+
+
+def _pictures(root: str | Path, split: str) -> Callable[[str], str]:
+    """Where the picture of that name lies: in `images/`, or in what the Hub's copy holds."""
+    folder = find(root, FOLDER, "images")
+    files = [] if folder else hub.tables(root, FOLDER, _hub_files(split, "images"))
+    copies = hub.pictures(hub.rows(files, "id", name=lambda row: f"{row['id']}.jpg"))
+    folder = folder or Path(root) / FOLDER / "images"
+    return lambda name: copies.get(name, str(folder / name))
 
 
 def _question(qid: str, gold: dict[str, Any], text: str, image: str) -> Question:
@@ -136,14 +175,18 @@ def _belongs(answer: str, group: Sequence[str], question: Mapping[str, Any]) -> 
 
 
 def evaluate(
-    root: str | Path, pairs: list[tuple[Question, dict[str, Any] | None]], consistency: bool = False
+    root: str | Path,
+    pairs: list[tuple[Question, dict[str, Any] | None]],
+    consistency: bool = False,
+    split: str = "testdev",
 ) -> dict[str, Any]:
-    """The official scores of the answered questions; choices are read if `testdev_balanced_choices.json` is there."""
+    """The official scores of the answered questions; choices are read if the official file is there."""
     answered = [(question, record["text"]) for question, record in pairs if record is not None]
-    everything = references(root) if consistency else [question for question, _ in answered]
+    everything = references(root, split) if consistency else [question for question, _ in answered]
     official = {question.id: question.extra["official"] for question in everything}
-    path = find(root, FOLDER, "testdev_balanced_choices.json", "data/testdev_balanced_choices.json")
+    names = (f"{split}_balanced_choices.json", f"{split}_choices.json")
+    path = find(root, FOLDER, *names, *(f"data/{name}" for name in names))
     predictions = [{"questionId": question.id, "prediction": normalize(text)} for question, text in answered]
     scores = aggregate(official, predictions, read_json(path) if path else None, consistency)
     items = [item(q, text, normalize(text), score(text, q.answer)) for q, text in answered if q.required]
-    return result(scores["accuracy"], "GQA testdev-balanced accuracy", scores, items)
+    return result(scores["accuracy"], f"GQA {split}-balanced accuracy", scores, items)

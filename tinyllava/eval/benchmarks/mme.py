@@ -11,12 +11,14 @@ Deviation: tabs and line breaks in an answer, on which the official tool breaks,
 
 import re
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from tinyllava.errors import UserError
 from tinyllava.eval.benchmarks import SHORT_ANSWER, Question, item, result
-from tinyllava.eval.benchmarks._files import find, need, read_jsonl
+from tinyllava.eval.benchmarks import _hub as hub
+from tinyllava.eval.benchmarks._files import find, need, read_jsonl, remedy
 
 TITLE = "MME"
 FOLDER = "MME"
@@ -27,14 +29,18 @@ PERCEPTION = ("existence", "count", "position", "color", "posters", "celebrity",
 COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
 LLAVA_FILE = "llava_mme.jsonl"
 RELEASE = "MME_Benchmark_release_version"
+HUB = "data/test-*.parquet"
 YES_OR_NO = "Please answer yes or no."
 
 
 def questions(root: str | Path) -> list[Question]:
-    """The questions of LLaVA's `llava_mme.jsonl`, else of the release's own folders, with the release's answers."""
-    hint = "The authors send it on request; `tinyllava data prepare mme` makes it from the Hub's copy."
-    release = need(root, FOLDER, RELEASE, hint=hint)
-    official = {question.id: question for question in _release_questions(release)}
+    """The questions of LLaVA's `llava_mme.jsonl`, else of the release's own folders or the Hub's copy of them; the
+    answers and pictures are always of the latter."""
+    release = find(root, FOLDER, RELEASE)
+    found = _release_questions(release) if release else _hub_questions(root)
+    official = {question.id: question for question in found}
+    if not official:
+        need(root, FOLDER, RELEASE, HUB, hint=remedy("mme"))
     llava = find(root, FOLDER, LLAVA_FILE)
     if not llava:
         return list(official.values())
@@ -42,10 +48,8 @@ def questions(root: str | Path) -> list[Question]:
     for q in read_jsonl(llava):
         name = key({"question_id": q["question_id"], "prompt": q["text"]})
         if name not in official:
-            raise UserError(f"{llava} asks {name!r}, and {release} has no such question.")
-        gold = official[name]
-        image = (str(release / q["image"]),)
-        found.append(Question(name, q["question_id"], q["text"], image, gold.answer, gold.category, extra=gold.extra))
+            raise UserError(f"{llava} asks {name!r}, and {release or HUB} has no such question.")
+        found.append(replace(official[name], question_id=q["question_id"], text=q["text"]))
     return found
 
 
@@ -64,10 +68,19 @@ def _release_questions(release: Path) -> Iterable[Question]:
                 question, tab, answer = line.strip().partition("\t")
                 if not tab:
                     raise UserError(f"{file}: expected `question<tab>Yes|No`, found {line!r}.")
-                text = f"{question.replace(YES_OR_NO, '').strip()}\n{SHORT_ANSWER}"
-                name = key({"question_id": qid, "prompt": text})
-                extra = {"question": question, "file": file.name}
-                yield Question(name, qid, text, (str(picture),), answer, folder.name, extra=extra)
+                yield _question(qid, question, str(picture), answer, folder.name)
+
+
+def _hub_questions(root: str | Path) -> Iterable[Question]:
+    columns = ("question_id", "question", "answer", "category")
+    for row in hub.rows(hub.tables(root, FOLDER, HUB), *columns, name=lambda row: row["question_id"]):
+        yield _question(row["question_id"], row["question"], row["image"], row["answer"], row["category"])
+
+
+def _question(qid: str, question: str, picture: str, answer: str, category: str) -> Question:
+    text = f"{question.replace(YES_OR_NO, '').strip()}\n{SHORT_ANSWER}"
+    extra = {"question": question, "file": f"{PurePosixPath(qid).stem}.txt"}
+    return Question(key({"question_id": qid, "prompt": text}), qid, text, (picture,), answer, category, extra=extra)
 
 
 def key(record: dict[str, Any]) -> str:
@@ -75,6 +88,11 @@ def key(record: dict[str, Any]) -> str:
     category, _, path = str(record["question_id"]).partition("/")
     prompt = (record.get("prompt") or "").replace(SHORT_ANSWER, "").replace(YES_OR_NO, "").strip()
     return f"{category}/{PurePosixPath(path).name.split('.')[0]}: {prompt}"
+
+
+def choose_from(question: Question) -> tuple[str, ...]:
+    """The two answers."""
+    return ("Yes", "No")
 
 
 def parse(text: str) -> str:
@@ -121,7 +139,6 @@ def aggregate(items: Iterable[dict[str, Any]]) -> dict[str, Any]:
         pictures.setdefault((one["category"], one["image"]), []).append(one)
     tasks: dict[str, list[tuple[str, str]]] = {}
     for (category, _), two in pictures.items():
-        # Resampled items hold a picture's pair more than once, so any even number is whole pairs.
         if len(two) % 2 == 0:
             tasks.setdefault(category, []).extend((one["gold"], one["answer"]) for one in two)
     scores = {name: task_score(tasks[name]) for name in [*PERCEPTION, *COGNITION] if name in tasks}
@@ -132,9 +149,33 @@ def aggregate(items: Iterable[dict[str, Any]]) -> dict[str, Any]:
     return {"perception": total(PERCEPTION), "cognition": total(COGNITION), "tasks": scores}
 
 
-def headline(items: Iterable[dict[str, Any]]) -> float:
+def tally(item: dict[str, Any]) -> dict[str, float]:
+    """Of each perception task the questions, the right ones, and those on pictures with both right."""
+    if item["category"] not in PERCEPTION or item["both"] is None:
+        return {}
+    task = item["category"]
+    return {f"{task} n": 1, f"{task} right": item["score"], f"{task} both": item["both"]}
+
+
+def headline(sums: dict[str, float]) -> float:
     """The perception sum."""
-    return aggregate(items)["perception"]
+    shares = [
+        (sums.get(f"{task} {what}", 0), sums[f"{task} n"])
+        for task in PERCEPTION
+        for what in ("right", "both")
+        if sums.get(f"{task} n")
+    ]
+    return sum(100 * part / whole for part, whole in shares)
+
+
+def mark_pairs(items: Iterable[dict[str, Any]]) -> None:
+    """Write into each item's `both` whether both questions on its picture are right (None: one has no answer)."""
+    pictures: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for one in items:
+        pictures.setdefault((one["category"], one["image"]), []).append(one)
+    for two in pictures.values():
+        for one in two:
+            one["both"] = float(all(other["score"] for other in two)) if len(two) % 2 == 0 else None
 
 
 def eval_tool_files(items: Iterable[dict[str, Any]]) -> dict[str, str]:
@@ -155,6 +196,7 @@ def evaluate(root: str | Path, pairs: list[tuple[Question, dict[str, Any] | None
             said = parse(record["text"])
             more = {"question": question.extra["question"], "file": question.extra["file"]}
             items.append(item(question, record["text"], said, float(said == question.answer.lower()), **more))
+    mark_pairs(items)
     metrics = aggregate(items)
     present = sum(task in metrics["tasks"] for task in PERCEPTION)
     metric = (

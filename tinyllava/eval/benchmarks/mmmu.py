@@ -1,10 +1,10 @@
 """MMMU val: 900 college questions of 30 subjects, 847 multiple-choice and 53 open; the test answers are with EvalAI.
 
-    tinyllava eval CHECKPOINT --tasks mmmu --data ROOT
+    tinyllava eval CHECKPOINT --tasks mmmu --data ROOT          # mmmu-test: the file to upload
 
 Rules: MMMU-Benchmark/MMMU bb0b95a, `eval_utils.py`, `data_utils.py`, `main_eval_only.py`, `main_parse_and_eval.py`.
 Deviation: where the official parser finds no letter it draws one at random, so that a number carries luck; here that is
-wrong, counted as `unparsed`, and `unparsed="random"` draws as the official code does (seed 42, in its order).
+wrong, counted as `unparsed`, and mmmu-random draws as the official code does (seed 42, in its order).
 """
 
 import ast
@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from tinyllava.errors import UserError
-from tinyllava.eval.benchmarks import LETTER_ANSWER, SHORT_ANSWER, Question, item, result
-from tinyllava.eval.benchmarks._files import field_of, find, need, read_json
+from tinyllava.eval.benchmarks import LETTER_ANSWER, SHORT_ANSWER, Question, item, result, variants
+from tinyllava.eval.benchmarks import _hub as hub
+from tinyllava.eval.benchmarks._files import field_of, find, need, read_json, remedy
 from tinyllava.eval.benchmarks._mmmu_open import parse_open, score_open
 
 __all__ = ["parse_open", "score_open"]
@@ -25,8 +26,15 @@ FOLDER = "MMMU"
 SCORER = "MMMU-Benchmark/MMMU bb0b95a"
 MAX_NEW_TOKENS = 1024
 
+SPLITS = ("validation", "dev", "test")  # how ids begin
+from_short_name = variants(
+    {"val": {"split": "validation"}, "test": {"split": "test"}, "random": {"unparsed": "random"}}
+)
+
 CHOICE = "multiple-choice"
+FILE = "anns_for_eval.json"
 ANSWERS = ("answer_dict_val.json", "eval/answer_dict_val.json")
+HUB = ("data/{}-*.parquet", "*/{}-*.parquet")  # lmms-eval's, and the official one with a folder for each subject
 DOMAINS = {
     "Art and Design": "Art Art_Theory Design Music",
     "Business": "Accounting Economics Finance Manage Marketing",
@@ -40,17 +48,22 @@ DOMAINS = {
 SUBJECTS = sorted(subject for subjects in DOMAINS.values() for subject in subjects.split())  # the official order
 
 
-def questions(root: str | Path) -> list[Question]:
-    """The questions of TinyLLaVA's `anns_for_eval.json` with `all_images/`; answers from it or `answer_dict_val.json`.
+def questions(root: str | Path, split: str | None = None) -> list[Question]:
+    """The questions of TinyLLaVA's `anns_for_eval.json` with `all_images/`, or of the Hub's tables; the answers from
+    either or from `answer_dict_val.json`.
 
     TinyLLaVA answers questions without `image` (several pictures as options) at random; here they are asked as text.
     """
-    hint = "TinyLLaVA's MMMU.zip has it; `tinyllava data prepare mmmu` makes it from the Hub's MMMU/MMMU."
-    path = need(root, FOLDER, "anns_for_eval.json", hint=hint)
+    path = find(root, FOLDER, FILE)
+    annotations = read_json(path) if path else _hub_questions(root, split)
+    if not annotations:
+        need(root, FOLDER, FILE, *(pattern.format(split or "validation") for pattern in HUB), hint=remedy("mmmu"))
+    annotations = _of_split(annotations, split, path)
+    path = path or Path(root) / FOLDER / HUB[0].format("*")
     answers = find(root, FOLDER, *ANSWERS)
     gold = read_json(answers) if answers else {}
     found = []
-    for q in read_json(path):
+    for q in annotations:
         qid = field_of(q, "id", path)
         image = (str(path.parent / "all_images" / q["image"]),) if q.get("image") else ()
         answer = gold[qid]["ground_truth"] if qid in gold else q.get("answer")
@@ -64,17 +77,49 @@ def questions(root: str | Path) -> list[Question]:
     return found
 
 
-def references(root: str | Path) -> list[Question]:
+def references(root: str | Path, split: str | None = None) -> list[Question]:
     """What scoring needs: the questions, or the official `answer_dict_val.json` alone, which knows no options."""
-    if find(root, FOLDER, "anns_for_eval.json"):
-        return questions(root)
-    path = need(root, FOLDER, *ANSWERS, hint="It is in mmmu/ of github.com/MMMU-Benchmark/MMMU.")
+    if find(root, FOLDER, FILE) or not find(root, FOLDER, *ANSWERS):
+        return questions(root, split)
+    path = need(root, FOLDER, *ANSWERS)
     return [
         Question(
             qid, qid, answer=q["ground_truth"], category=subject_of(qid), extra={"question_type": q["question_type"]}
         )
         for qid, q in read_json(path).items()
     ]
+
+
+def _of_split(annotations: list[dict[str, Any]], split: str | None, path: Path | None) -> list[dict[str, Any]]:
+    """Those of `split`; None takes the first of val, dev and test that is there."""
+    by_split = {one: [q for q in annotations if str(q.get("id")).startswith(one)] for one in SPLITS}
+    if split is not None and not by_split[split]:
+        raise UserError(f"{path} has no questions of the {split} split.")
+    return by_split[split] if split else next((one for one in by_split.values() if one), annotations)
+
+
+def _hub_questions(root: str | Path, split: str | None) -> list[dict[str, Any]]:
+    """The tables' rows in the form of TinyLLaVA's file; validation before test."""
+    wanted = [split] if split else ["validation", "test"]
+    splits = [[pattern.format(one) for pattern in HUB] for one in wanted]
+    files = next((files for names in splits if (files := hub.tables(root, FOLDER, *names))), [])
+    columns = ("id", "question", "options", "answer", "question_type")
+    found = []
+    for row in hub.rows(files, *columns, picture="image_1", name=lambda row: f"{row['id']}.png"):
+        index2ans, all_choices = choices(ast.literal_eval(row["options"]))
+        is_open, pictures = row["question_type"] != CHOICE, row["options"].count("<image ")
+        answer = ast.literal_eval(row["answer"]) if is_open and row["answer"].startswith("[") else row["answer"]
+        found.append(
+            {
+                "id": row["id"],
+                "prompt": build_prompt(row),
+                "question_type": row["question_type"],
+                "image": row["image_1"] if pictures < 2 else None,
+                "answer": answer,
+                **({} if is_open else {"index2ans": index2ans, "all_choices": all_choices}),
+            }
+        )
+    return found
 
 
 def subject_of(question_id: str) -> str:
@@ -96,6 +141,11 @@ def build_prompt(question: Mapping[str, Any]) -> str:
     index2ans, _ = choices(ast.literal_eval(options) if isinstance(options, str) else options)
     lines = "".join(f"({letter}) {option}\n" for letter, option in index2ans.items())
     return f"{question['question']}\n{lines}\n{LETTER_ANSWER}"
+
+
+def choose_from(question: Question) -> tuple[str, ...]:
+    """The letters of its options; none of an open question."""
+    return tuple(question.extra["index2ans"])
 
 
 def parse_choice(response: str, all_choices: Sequence[str], index2ans: Mapping[str, str]) -> str | None:
@@ -179,7 +229,7 @@ def evaluate(
             if parsed is None and unparsed == "random":
                 parsed = draw.choice(list(index2ans))
             right = question.answer is not None and score_choice(parsed, question.answer)
-        items.append(item(question, text, parsed, float(right)))
+        items.append(item(question, text, parsed, None if question.answer is None else float(right)))
     if any(question.answer is None for question, _ in pairs):
         upload = {o["id"]: (o["parsed"] or "") if isinstance(o["parsed"], str | None) else o["answer"] for o in items}
         return result(None, "MMMU test: upload to EvalAI challenge 2179", {}, items, lost, {"mmmu_upload.json": upload})

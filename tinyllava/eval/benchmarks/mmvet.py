@@ -1,6 +1,8 @@
 """MM-Vet: 218 open questions, graded 0..1 by an LLM judge; the published numbers had gpt-4-0613.
 
     tinyllava eval CHECKPOINT --tasks mmvet --data ROOT      # no judge: the file for the Space whyu/MM-Vet_Evaluator
+    tinyllava eval CHECKPOINT --tasks mmvet --data ROOT --judge gpt-4-0613    # with OPENAI_API_KEY, OPENAI_BASE_URL
+    tinyllava score mmvet --data ROOT --answers FILE --judge grades.json      # given grades, ours or official
 
 Rules: yuweihao/MM-Vet `mm-vet_evaluator.py` acde843 and TinyLLaVA's `convert_mmvet_for_eval.py`. The judge's few-shot
 preamble is not ours to ship: put the official `mm-vet_evaluator.py` into the data folder, and it is read from there.
@@ -10,18 +12,21 @@ Deviation: a grade of "nan", which the official code takes, is asked again like 
 import math
 from collections import Counter
 from collections.abc import Sequence
+from operator import ne
 from pathlib import Path
 from typing import Any
 
 from tinyllava.errors import UserError
-from tinyllava.eval.benchmarks import Question, item, result
-from tinyllava.eval.benchmarks._files import find, need, read_json, read_jsonl
+from tinyllava.eval.benchmarks import Question, item, result, variants
+from tinyllava.eval.benchmarks import _hub as hub
+from tinyllava.eval.benchmarks._files import find, need, read_json, read_jsonl, remedy
 from tinyllava.eval.benchmarks._judge import (
     JUDGE_MAX_TOKENS,
     PREAMBLE_SHA256,
     SOURCE,
     Ask,
     RateLimited,
+    given_grades,
     grade_all,
     judge,
     judge_prompt,
@@ -36,25 +41,44 @@ FOLDER = "mm-vet"
 SCORER = "yuweihao/MM-Vet acde843"
 MAX_NEW_TOKENS = 1024
 
+FILE = "mm-vet.json"
+HUB = "data/test-*.parquet"
+
+from_short_name = variants({"5-runs": {"runs": 5}})  # the paper's: five grades of each answer
+
 
 def questions(root: str | Path) -> list[Question]:
-    """The questions of `mm-vet.json`, in LLaVA's order if `llava-mm-vet.jsonl` is there."""
-    path = need(root, FOLDER, "mm-vet.json", hint="It is in mm-vet.zip of github.com/yuweihao/MM-Vet.")
-    samples = read_json(path)
+    """The questions of `mm-vet.json` or the Hub's copy, in LLaVA's order if `llava-mm-vet.jsonl` is there."""
+    samples, folder = _samples(root)
     llava = find(root, FOLDER, "llava-mm-vet.jsonl")
     order = [(key(q), q["question_id"]) for q in read_jsonl(llava)] if llava else [(name, name) for name in samples]
     found = []
     for name, qid in order:
         if name not in samples:
-            raise UserError(f"{llava} asks {name}, which {path} lacks.")
+            raise UserError(f"{llava} asks {name}, which the release beside it lacks.")
         sample = samples[name]
-        image = (str(path.parent / "images" / sample["imagename"]),)
+        image = (str(folder / sample["imagename"]),)
         capabilities = sorted(set(sample["capability"]))
         extra = {"capability": capabilities}
         found.append(
             Question(name, qid, sample["question"], image, sample["answer"], "+".join(capabilities), extra=extra)
         )
     return found
+
+
+def _samples(root: str | Path) -> tuple[dict[str, dict[str, Any]], Path]:
+    """The release's samples by name, and the folder of their pictures."""
+    path = find(root, FOLDER, FILE)
+    if path is None:
+        columns = ("question_id", "question", "answer", "capability")
+        copies = hub.rows(hub.tables(root, FOLDER, HUB), *columns, name=lambda row: f"{row['question_id']}.png")
+        if copies:
+            return {
+                row["question_id"]: {**row, "imagename": row["image"], "capability": row["capability"].split(",")}
+                for row in copies
+            }, Path()
+    path = need(root, FOLDER, FILE, HUB, hint=remedy("mmvet"))
+    return read_json(path), path.parent / "images"
 
 
 def key(record: dict[str, Any]) -> str:
@@ -131,7 +155,7 @@ def evaluate(
         evaluator = need(root, FOLDER, "mm-vet_evaluator.py", hint=hint)
         graded = grade_all(ask, answered, path, model, official_preamble(evaluator), runs)
     else:
-        graded = read_json(path)
+        graded = given_grades(path, answered)
     lacking = [name for name in answered if len(graded.get(name, {"score": []})["score"]) < runs]
     if lacking:
         raise UserError(
@@ -140,11 +164,12 @@ def evaluate(
     items, failed = [], 0
     for name, (question, text) in answered.items():
         given = graded[name]
-        failed += sum(parse_grade(content) is None for content in given["content"][:runs])
+        failed += sum(map(ne, map(parse_grade, given["content"][:runs]), given["score"][:runs]))
         items.append(item(question, text, given["content"], sum(given["score"][:runs]) / runs))
     names = list(answered)
     every = [answered[name][0].extra["capability"] for name in names]
     exact = aggregate(every, [graded[name]["score"] for name in names], runs, decimals=10)
     metrics = aggregate(every, [graded[name]["score"] for name in names], runs)
     judges = sorted({judge for name in names for judge in graded[name]["model"][:runs]})
+    files["mmvet_grades.json"] = graded
     return result(exact["total"], f"MM-Vet, judged by {', '.join(judges)}", metrics, items, failed, files)

@@ -5,8 +5,8 @@
 Published numbers are F1, averaged here over random, popular and adversarial. LLaVA's files pin POPE's commit e3e3926,
 with 2,910 random questions; later releases have 3,000 (each category's size is in the results).
 
-Rules: RUCAIBox/POPE `evaluate.py` 3df3ba1; the same in LLaVA and TinyLLaVA, whose `eps=1e-6` is the option `eps`.
-Deviation: the official scripts match labels by order, here answers are matched by id.
+Rules: RUCAIBox/POPE `evaluate.py` 3df3ba1, as in LLaVA; TinyLLaVA adds 1e-6 to the denominators: pope-eps.
+Deviation: the official scripts match answers and labels by their order, here by id; pope-in-order does as they do.
 """
 
 from collections import Counter
@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from tinyllava.errors import UserError
-from tinyllava.eval.benchmarks import SHORT_ANSWER, Question, item, mean, result
-from tinyllava.eval.benchmarks._files import find, need, read_jsonl
+from tinyllava.eval.benchmarks import SHORT_ANSWER, Question, item, mean, result, variants
+from tinyllava.eval.benchmarks import _hub as hub
+from tinyllava.eval.benchmarks._files import find, need, read_jsonl, remedy
 
 TITLE = "POPE"
 FOLDER = "pope"
@@ -25,48 +26,85 @@ MAX_NEW_TOKENS = 128
 
 CATEGORIES = ("adversarial", "popular", "random")
 LLAVA_FILE = "llava_pope_test.jsonl"
+HUB = ("data/test-*.parquet", "Full/*-*.parquet")
+
+from_short_name = variants({"eps": {"eps": 1e-6}, "in-order": {"in_order": True}})
 
 
 def questions(root: str | Path) -> list[Question]:
-    """LLaVA's `llava_pope_test.jsonl` with the labels of `coco/coco_pope_{category}.json`, or the latter alone."""
+    """The release's questions, in the order and with the ids of LLaVA's `llava_pope_test.jsonl` if that is there.
+
+    The release is `coco/coco_pope_{category}.json` with the pictures in `val2014/`, or the Hub's parquet files.
+    """
+    labels = _labels(root)
     llava = find(root, FOLDER, LLAVA_FILE)
-    labels = {}
-    for category in CATEGORIES:
-        name = f"coco_pope_{category}.json"
-        labels[category] = need(
-            root, FOLDER, f"coco/{name}", name, hint="It is in output/coco of github.com/RUCAIBox/POPE."
-        )
-    images = find(root, FOLDER, "val2014") or (llava or labels["random"].parent).parent / "val2014"
-    official = {category: read_jsonl(path) for category, path in labels.items()}
     if not llava:
         return [
-            _question(f"{category}/{q['question_id']}", q, f"{q['text']}\n{SHORT_ANSWER}", category, images, q["label"])
+            _question(f"{category}/{q['question_id']}", f"{q['text']}\n{SHORT_ANSWER}", category, q)
             for category in CATEGORIES
-            for q in official[category]
+            for q in labels[category]
         ]
     asked = read_jsonl(llava)
     counts = Counter(q["category"] for q in asked)
-    for category, lines in official.items():
+    for category, lines in labels.items():
         if counts[category] != len(lines):
             raise UserError(
-                f"{llava.name} has {counts[category]} {category} questions and {labels[category].name} {len(lines)} "
-                "labels: they belong to different releases of POPE. LLaVA's goes with commit e3e3926 of RUCAIBox/POPE."
+                f"{llava.name} has {counts[category]} {category} questions and the release here {len(lines)} labels: "
+                "they belong to different releases of POPE. `tinyllava data prepare pope` gets the labels of LLaVA's."
             )
-    iterators = {category: iter(lines) for category, lines in official.items()}
+    iterators = {category: iter(lines) for category, lines in labels.items()}
     found = []
     for q in asked:
         label = next(iterators[q["category"]])
         if label["image"] != q["image"]:
             raise UserError(
-                f"question {q['question_id']} of {llava.name} is about {q['image']}, and its label in "
-                f"{labels[q['category']].name} about {label['image']}: they belong to different releases of POPE."
+                f"question {q['question_id']} of {llava.name} is about {q['image']}, and its {q['category']} label "
+                f"about {label['image']}: they belong to different releases of POPE."
             )
-        found.append(_question(q["question_id"], q, q["text"], q["category"], images, label["label"]))
+        found.append(_question(q["question_id"], q["text"], q["category"], label))
     return found
 
 
-def _question(qid: str | int, q: dict[str, Any], text: str, category: str, images: Path, label: str) -> Question:
-    return Question(str(qid), qid, text, (str(images / q["image"]),), label, category)
+def _labels(root: str | Path) -> dict[str, list[dict[str, Any]]]:
+    """The release's questions by category, each with the `path` of its picture."""
+    names = {category: (f"coco/coco_pope_{category}.json", f"coco_pope_{category}.json") for category in CATEGORIES}
+    folder, is_official = find(root, FOLDER, "val2014"), any(find(root, FOLDER, *one) for one in names.values())
+    copies = [] if folder and is_official else _hub_rows(root)
+    if copies and not is_official:
+        return {category: [q for q in copies if q["category"] == category] for category in CATEGORIES}
+    files = {category: need(root, FOLDER, *one, *HUB, hint=remedy("pope")) for category, one in names.items()}
+    folder = folder or files["random"].parent.parent / "val2014"
+    pictures = {q["image"]: q["path"] for q in copies}
+    return {
+        category: [{**q, "path": pictures.get(q["image"], str(folder / q["image"]))} for q in read_jsonl(file)]
+        for category, file in files.items()
+    }
+
+
+def _hub_rows(root: str | Path) -> list[dict[str, Any]]:
+    """The Hub's rows in the release's form."""
+    columns = ("question_id", "question", "answer", "image_source", "category")
+    found = hub.rows(hub.tables(root, FOLDER, *HUB), *columns, name=lambda row: f"{Path(row['image_source']).stem}.jpg")
+    return [
+        {
+            "question_id": int(row["question_id"]),
+            "image": f"{Path(row['image_source']).stem}.jpg",
+            "text": row["question"],
+            "label": row["answer"].strip().lower(),
+            "category": row["category"],
+            "path": row["image"],
+        }
+        for row in found
+    ]
+
+
+def _question(qid: str | int, text: str, category: str, label: dict[str, Any]) -> Question:
+    return Question(f"{category}/{label['question_id']}", qid, text, (label["path"],), label["label"], category)
+
+
+def choose_from(question: Question) -> tuple[str, ...]:
+    """The two answers."""
+    return ("Yes", "No")
 
 
 def parse(text: str) -> str:
@@ -119,15 +157,43 @@ def per_category(items: Iterable[dict[str, Any]], eps: float = 0.0) -> dict[str,
     }
 
 
-def headline(items: Iterable[dict[str, Any]]) -> float:
+def tally(item: dict[str, Any]) -> dict[str, float]:
+    """What F1 is made of: of each category the right and the wrong yes, and the yes that were missed."""
+    said, is_yes = item["parsed"] == "yes", item["gold"] != "no"
+    outcome = "TP" if said and is_yes else "FP" if said else "FN" if is_yes else "TN"
+    return {f"{item['category']} {outcome}": 1}
+
+
+def headline(sums: dict[str, float]) -> float:
     """100 x the mean of the categories' F1."""
-    return 100 * mean(scores["f1_score"] for scores in per_category(items).values())
+    scores = []
+    for category in sorted({name.rpartition(" ")[0] for name in sums}):
+        tp, fp, fn = (sums.get(f"{category} {outcome}", 0) for outcome in ("TP", "FP", "FN"))
+        scores.append(_ratio(2 * tp, 2 * tp + fp + fn))
+    return 100 * mean(scores)
 
 
-def evaluate(root: str | Path, pairs: list[tuple[Question, dict[str, Any] | None]], eps: float = 0.0) -> dict[str, Any]:
+def by_order(
+    pairs: list[tuple[Question, dict[str, Any] | None]],
+) -> list[tuple[Question, dict[str, Any] | None]]:
+    """Pairs as the official scripts make them: a category's k-th answer in the file with its k-th label."""
+    given: dict[str, list[dict[str, Any]]] = {category: [] for category in CATEGORIES}
+    for question, record in pairs:
+        if record is not None:
+            given[question.category].append(record)
+    ordered = {name: iter(sorted(records, key=lambda record: record["line"])) for name, records in given.items()}
+    return [(question, next(ordered[question.category], None)) for question, _ in pairs]
+
+
+def evaluate(
+    root: str | Path,
+    pairs: list[tuple[Question, dict[str, Any] | None]],
+    eps: float = 0.0,
+    in_order: bool = False,
+) -> dict[str, Any]:
     """Each category's scores and their means over the categories."""
     items = []
-    for question, record in pairs:
+    for question, record in by_order(pairs) if in_order else pairs:
         if record is not None:
             parsed = parse(record["text"])
             items.append(

@@ -1,7 +1,7 @@
 """ScienceQA test: 4,241 multiple-choice questions; published numbers are over the 2,017 that have a picture.
 
-    tinyllava eval CHECKPOINT --tasks scienceqa --data ROOT
-
+    tinyllava eval CHECKPOINT --tasks scienceqa --data ROOT         # scienceqa-full: the score is over all questions
+                                                                    # scienceqa-image: the others are not asked
 Rules: `eval_science_qa.py` of LLaVA c121f04 and TinyLLaVA 53f12c7; prompts: `convert_sqa_to_llava_base_prompt.py` of
 LLaVA; category table: lupantech/ScienceQA `tools/evaluate_acc.py` 2cbf831.
 Deviation: "with a picture" is what the release says; LLaVA looks for <image> in the answers' prompts, so that a missing
@@ -15,34 +15,36 @@ from pathlib import Path
 from typing import Any
 
 from tinyllava.errors import UserError
-from tinyllava.eval.benchmarks import LETTER_ANSWER, Question, item, result
-from tinyllava.eval.benchmarks._files import find, need, read_json
+from tinyllava.eval.benchmarks import LETTER_ANSWER, Question, item, result, variants
+from tinyllava.eval.benchmarks import _hub as hub
+from tinyllava.eval.benchmarks._files import find, need, read_json, remedy
 
-TITLE = "ScienceQA-IMG"
+TITLE = "ScienceQA"
 FOLDER = "scienceqa"
 SCORER = "eval_science_qa.py, LLaVA c121f04"
 MAX_NEW_TOKENS = 1024
 
 LLAVA_FILE = "llava_test_CQM-A.json"
+HUB = ("ScienceQA-FULL/{}-*.parquet", "ScienceQA-IMG/{}-*.parquet", "data/{}-*.parquet")
 LETTERS = "ABCDE"
+from_short_name = variants({"val": {"split": "val"}, "image": {"image_only": True}, "full": {"full": True}})
 SUBJECTS = {"natural": "natural science", "social": "social science", "language": "language science"}
 
 
-def questions(root: str | Path, split: str = "test") -> list[Question]:
-    """The split's questions: prompts of LLaVA's `llava_test_CQM-A.json` if it is there, else made by LLaVA's rule."""
-    hint = "They are in data/scienceqa of github.com/lupantech/ScienceQA."
-    path = need(root, FOLDER, "problems.json", hint=hint)
-    problems = read_json(path)
-    splits = read_json(need(root, FOLDER, "pid_splits.json", hint=hint))
-    if split not in splits:
-        raise UserError(f"unknown ScienceQA split '{split}'. Known: {', '.join(splits)}.")
+def questions(root: str | Path, split: str = "test", image_only: bool = False) -> list[Question]:
+    """The split's questions: prompts of LLaVA's `llava_test_CQM-A.json` if it is there, else made by LLaVA's rule.
+
+    The Hub's copy has no ids: a question is then SPLIT-ROW.
+    """
+    problems, folder = _problems(root, split)
     llava = find(root, FOLDER, LLAVA_FILE) if split == "test" else None
     prompts = {q["id"]: q["conversations"][0]["value"] for q in read_json(llava)} if llava else {}
     found = []
-    for pid in splits[split]:
-        problem = problems[pid]
+    for pid, problem in problems.items():
+        if image_only and not problem["image"]:
+            continue
         text = prompts[pid] if pid in prompts else build_prompt(problem, "CQM-A")[0]
-        image = path.parent / "images" / split / pid / problem["image"] if problem["image"] else None
+        image = folder / pid / problem["image"] if problem["image"] else None
         found.append(
             Question(
                 pid,
@@ -56,6 +58,25 @@ def questions(root: str | Path, split: str = "test") -> list[Question]:
             )
         )
     return found
+
+
+def _problems(root: str | Path, split: str) -> tuple[dict[str, dict[str, Any]], Path]:
+    """The split's problems by id, from the release or the Hub's copy, and the folder that their pictures lie in."""
+    path = find(root, FOLDER, "problems.json")
+    names = [pattern.format("validation" if split == "val" else split) for pattern in HUB]
+    if path is None:
+        copies = hub.rows(
+            hub.tables(root, FOLDER, *names),
+            *("question", "choices", "answer", "hint", "grade", "subject", "topic", "lecture", "solution"),
+            name=lambda row: f"{row['number']}.png",
+        )
+        if copies:
+            return {f"{split}-{row['number']}": row for row in copies}, Path()
+    path = need(root, FOLDER, "problems.json", *names, hint=remedy("scienceqa"))
+    problems, splits = read_json(path), read_json(need(root, FOLDER, "pid_splits.json", hint=remedy("scienceqa")))
+    if split not in splits:
+        raise UserError(f"unknown ScienceQA split '{split}'. Known: {', '.join(splits)}.")
+    return {pid: problems[pid] for pid in splits[split]}, path.parent / "images" / split
 
 
 def build_prompt(problem: Mapping[str, Any], prompt_format: str = "CQM-A") -> tuple[str, str]:
@@ -87,6 +108,11 @@ def build_prompt(problem: Mapping[str, Any], prompt_format: str = "CQM-A") -> tu
 def _tidy(text: str) -> str:
     text = text.replace("  ", " ").strip()
     return text.replace("BECAUSE:", "").strip() if text.endswith("BECAUSE:") else text
+
+
+def choose_from(question: Question) -> tuple[str, ...]:
+    """The letters of its options."""
+    return tuple(LETTERS[: len(question.options)])
 
 
 def parse_letter(text: str) -> str | None:
@@ -142,21 +168,23 @@ def categories(problems: Mapping[str, Mapping[str, Any]], results: Mapping[str, 
     return {name: sum(values) / len(values) * 100 for name, values in groups.items()}
 
 
-def headline(items: Iterable[Mapping[str, Any]]) -> float:
-    """Percent right of the questions with a picture."""
-    right = [one["score"] for one in items if one["has_image"]]
-    return 100 * sum(right) / len(right) if right else 0.0
+def tally(item: Mapping[str, Any]) -> dict[str, float]:
+    """Only questions with a picture count, unless the score is over all."""
+    return {"score": item["score"], "n": 1} if item["counts"] else {}
 
 
-def evaluate(root: str | Path, pairs: list[tuple[Question, dict[str, Any] | None]]) -> dict[str, Any]:
-    """Accuracy over all and over pictures (the score); a missing answer is wrong, as officially."""
+def evaluate(
+    root: str | Path, pairs: list[tuple[Question, dict[str, Any] | None]], full: bool = False
+) -> dict[str, Any]:
+    """Accuracy over all and over pictures (the score, unless `full`); a missing answer is wrong, as officially."""
+    full = full or not any(question.images for question, _ in pairs)
     items, samples, results = [], [], {}
     for question, record in pairs:
         text = record["text"] if record else None
         index = parse(text, len(question.options)) if text is not None else None
         results[question.id] = -1 if index is None else index
         has_image = bool(question.images)
-        items.append(item(question, text, index, float(index == question.answer), has_image=has_image))
+        items.append(item(question, text, index, float(index == question.answer), counts=full or has_image))
         samples.append(
             {
                 "prediction": text,
@@ -172,8 +200,5 @@ def evaluate(root: str | Path, pairs: list[tuple[Question, dict[str, Any] | None
     metrics["categories"] = categories({q.id: q.extra["problem"] for q, _ in pairs}, results)
     metrics["results"] = results
     unparsed = sum(one["answer"] is not None and parse_letter(one["answer"]) is None for one in items)
-    score = metrics["img_acc"] if metrics["img_acc"] is not None else metrics["acc"]
-    metric = (
-        "ScienceQA-IMG accuracy" if metrics["img_acc"] is not None else "ScienceQA accuracy (no question has a picture)"
-    )
+    score, metric = (metrics["acc"], "ScienceQA accuracy") if full else (metrics["img_acc"], "ScienceQA-IMG accuracy")
     return result(score, metric, metrics, items, unparsed)

@@ -1,6 +1,6 @@
 """TextVQA 0.5.1 val: 5,000 questions about text in OpenImages pictures, by default with OCR tokens in the prompt.
 
-    tinyllava eval CHECKPOINT --tasks textvqa --data ROOT [--no-ocr]
+    tinyllava eval CHECKPOINT --tasks textvqa,textvqa-no-ocr --data ROOT
 
 LLaVA's and TinyLLaVA's published numbers have Rosetta's OCR tokens in the prompt (worth ten points and more), so the
 metric is named "TextVQA (OCR)" and the one without "TextVQA (no OCR)"; they do not compare.
@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from tinyllava.errors import UserError
-from tinyllava.eval.benchmarks import SHORT_ANSWER, Question, item, mean, result
-from tinyllava.eval.benchmarks._files import field_of, find, need, read_json, read_jsonl
+from tinyllava.eval.benchmarks import SHORT_ANSWER, Question, item, mean, result, variants
+from tinyllava.eval.benchmarks import _hub as hub
+from tinyllava.eval.benchmarks._files import field_of, find, need, read_json, read_jsonl, remedy
 from tinyllava.eval.benchmarks._vqa import leave_one_out, normalize_m4c
 
 TITLE = "TextVQA"
@@ -25,23 +26,31 @@ COUNT_DUPLICATES = True  # the official mean is over the lines of the answers fi
 
 OCR = "Reference OCR token: "
 LLAVA_FILE = "llava_textvqa_val_v051_ocr.jsonl"
+FILE = "TextVQA_0.5.1_{}.json"
 OCR_FILE = "TextVQA_Rosetta_OCR_v0.2_{}.json"
+
+from_short_name = variants({"val": {"split": "val"}, "test": {"split": "test"}, "no-ocr": {"ocr": False}})
 
 
 def questions(root: str | Path, ocr: bool = True, split: str = "val") -> list[Question]:
-    """The questions of `split` (val, test), of LLaVA's JSONL, or of `TextVQA_0.5.1_{split}.json` and the OCR file."""
-    annotations = _annotations(root, split)
+    """The questions of `split` (val, test), of LLaVA's JSONL, or of `TextVQA_0.5.1_{split}.json` and the OCR file, or
+    of the Hub's copy, which has the OCR tokens too."""
+    folder = find(root, FOLDER, "test_images" if split == "test" else "train_images")
+    copies = _hub_rows(root, split, with_pictures=folder is None)
+    release, pictures = _release(root, split, copies), {} if folder else hub.pictures(copies)
     llava = find(root, FOLDER, LLAVA_FILE) if split == "val" else None
     if llava:
-        asked = [(q["question_id"], q["text"], llava.parent / "train_images" / q["image"]) for q in read_jsonl(llava)]
+        asked = [(q["question_id"], q["text"], q["image"]) for q in read_jsonl(llava)]
     else:
-        path = need(root, FOLDER, f"TextVQA_0.5.1_{split}.json", hint="It comes from textvqa.org/dataset.")
-        folder = path.parent / ("test_images" if split == "test" else "train_images")
-        tokens = _ocr_tokens(root, split) if ocr else {}
+        if not release:
+            need(root, FOLDER, FILE.format(split), _hub_files(split), hint=remedy("textvqa"))
+        tokens = _ocr_tokens(root, split, copies) if ocr else {}
         asked = [
-            (a["image_id"], _prompt(a["question"], tokens.get(a["image_id"], [])), folder / f"{a['image_id']}.jpg")
-            for a in field_of(read_json(path), "data", path)
+            (a["image_id"], _prompt(a["question"], tokens.get(a["image_id"], [])), f"{a['image_id']}.jpg")
+            for a in release
         ]
+    folder = folder or Path(root) / FOLDER / ("test_images" if split == "test" else "train_images")
+    annotations = {(a["image_id"], a["question"].lower()): a for a in release}
     found, seen = [], {}
     for image_id, prompt, image in asked:
         question = _question(prompt)
@@ -57,8 +66,8 @@ def questions(root: str | Path, ocr: bool = True, split: str = "val") -> list[Qu
                 name if seen[name] == 1 else f"{name} #{seen[name]}",
                 image_id,
                 prompt if ocr else _prompt(prompt.split("\n")[0], []),
-                (str(image),),
-                gold.get("answers"),
+                (pictures.get(image, str(folder / image)),),
+                gold.get("answers") or None,
                 extra={"question_id": gold.get("question_id")},
             )
         )
@@ -67,19 +76,33 @@ def questions(root: str | Path, ocr: bool = True, split: str = "val") -> list[Qu
 
 def references(root: str | Path, split: str = "val") -> list[Question]:
     """What scoring needs: the questions with their answers, whether or not the OCR file is there."""
-    need(root, FOLDER, f"TextVQA_0.5.1_{split}.json", hint="It comes from textvqa.org/dataset.")
+    if not find(root, FOLDER, FILE.format(split)) and not hub.tables(root, FOLDER, _hub_files(split)):
+        need(root, FOLDER, FILE.format(split), _hub_files(split), hint=remedy("textvqa"))
     return questions(root, ocr=False, split=split)
 
 
-def _annotations(root: str | Path, split: str) -> dict[tuple[str, str], dict[str, Any]]:
-    path = find(root, FOLDER, f"TextVQA_0.5.1_{split}.json")
-    return {(a["image_id"], a["question"].lower()): a for a in field_of(read_json(path), "data", path)} if path else {}
+def _hub_files(split: str) -> str:
+    return f"data/{'validation' if split == 'val' else split}-*.parquet"
 
 
-def _ocr_tokens(root: str | Path, split: str) -> dict[str, list[str]]:
+def _hub_rows(root: str | Path, split: str, with_pictures: bool) -> list[dict[str, Any]]:
+    columns = ("image_id", "question_id", "question", "answers", "ocr_tokens")
+    name = (lambda row: f"{row['image_id']}.jpg") if with_pictures else None
+    return hub.rows(hub.tables(root, FOLDER, _hub_files(split)), *columns, name=name)
+
+
+def _release(root: str | Path, split: str, copies: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The official records; none where neither their file nor the Hub's copy is."""
+    path = find(root, FOLDER, FILE.format(split))
+    return field_of(read_json(path), "data", path) if path else copies
+
+
+def _ocr_tokens(root: str | Path, split: str, copies: list[dict[str, Any]]) -> dict[str, list[str]]:
     name = OCR_FILE.format(split)
+    if copies and not find(root, FOLDER, name):
+        return {row["image_id"]: row["ocr_tokens"] for row in copies}
     path = need(
-        root, FOLDER, name, hint=f"The prompts hold OCR tokens: add {LLAVA_FILE} or {name}, or ask for --no-ocr."
+        root, FOLDER, name, hint=f"The prompts hold OCR tokens: add {LLAVA_FILE} or {name}, or ask textvqa-no-ocr."
     )
     return {r["image_id"]: r["ocr_tokens"] for r in field_of(read_json(path), "data", path)}
 

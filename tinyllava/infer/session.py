@@ -1,19 +1,15 @@
-"""Session: a loaded checkpoint that answers. Chat, evaluation and serving all go through it.
+"""Session: a loaded checkpoint that answers.
 
     session = tinyllava.load("runs/quickstart")           # a run, a stage, or one checkpoint
     session.chat("What is in the picture?", "cat.jpg")    # keeps the conversation; stream() yields pieces
     session.generate([Sample(...), ...])                  # a batch without a conversation; answers in input order
+    session.loglikelihood([Sample(...)], [["cat", "dog"]])
 
 A batch changes nothing: greedy answers are those of one at a time (in fp32; a test holds it). Every distinct picture
-goes through the tower once, however many questions are about it.
-
-Shapes: B rows, L positions, T tokens of a picture, D width of the LLM.
+goes through the tower once, however many questions are about it, and what their prompts share through the LLM once.
 """
 
-import json
-import logging
 import threading
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
@@ -22,59 +18,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import GenerationConfig
 
 from tinyllava.data.images import Reference, open_image
-from tinyllava.data.prompts import ImageKey, Prompt, batches, image_key, pools
+from tinyllava.data.prompts import POSITIONS, Prompt, batches, image_key, pools
 from tinyllava.data.sample import IMAGE_PART, IMAGE_TOKEN, Message, Sample, SampleError
 from tinyllava.data.template import Template
 from tinyllava.errors import UserError
+from tinyllava.infer import likelihood
+from tinyllava.infer.engine import Engine, padding_mask
+from tinyllava.infer.find import find_checkpoint, find_device
+from tinyllava.infer.likelihood import Likelihood
+from tinyllava.infer.pictures import Pictures, Piece
 from tinyllava.model import checkpoint
 from tinyllava.model.answer import Reader, stream_ids
 from tinyllava.model.modeling import TinyLlavaForConditionalGeneration
 from tinyllava.model.parts import DTYPES
 from tinyllava.model.processor import TinyLlavaProcessor
 
-logger = logging.getLogger("tinyllava")
 MAX_NEW_TOKENS = 512
-IMAGE_CACHE = 512 * 2**20  # bytes of image tokens kept; SigLIP's 729 in Phi-2's width take 3.7 MB a picture in bf16
-TOWER_ROWS = 32  # pictures in one run of the tower
+CACHE_BYTES = 2 * 2**30  # keys and values of a batch
 
 Images = Reference | Sequence[Reference] | None
-
-
-def find_checkpoint(path: str | Path) -> Path:
-    """The checkpoint that `path` means: itself; a stage's final, else newest one; that of the last stage of a run.
-
-    Half-written ones do not count. Raises UserError, with what was looked for, when there is none.
-    """
-    path = Path(path).expanduser()
-    if not path.is_dir():
-        raise UserError(f"{path} is no directory. Give a checkpoint, or a run such as runs/quickstart.")
-    if (path / "config.json").is_file():
-        return path
-    run = path / "run.json"
-    stages = json.loads(run.read_text(encoding="utf-8"))["stages"] if run.is_file() else {}
-    folders = [path / stage for stage in reversed(list(stages))] or [path]
-    for folder in folders:
-        numbered = sorted(folder.glob("checkpoint-*[0-9]"), key=lambda p: int(p.name.split("-")[-1]), reverse=True)
-        whole = next((candidate for candidate in [folder / "final", *numbered] if _is_whole(candidate)), None)
-        if whole:
-            return whole
-    looked = ", ".join(f"{folder}/final, {folder}/checkpoint-N" for folder in folders)
-    raise UserError(f"there is no whole checkpoint in {path}: looked for {path}/config.json, {looked}.")
-
-
-def _is_whole(directory: Path) -> bool:
-    if not directory.is_dir():
-        return False
-    try:
-        checkpoint.read_record(directory)
-    except UserError as error:
-        logger.warning("passed over: %s", error)
-        return False
-    return True
 
 
 class Session:
@@ -102,8 +67,9 @@ class Session:
             pad_token_id=self.pad_id,
             suppress_tokens=never,
         )
-        self._features: OrderedDict[ImageKey, Tensor] = OrderedDict()  # [T, D] each, the least recently used first
-        self._busy = threading.Lock()  # streams are threads, and the tower's early stop hooks into a shared module
+        self._busy = threading.RLock()  # streams are threads, and the tower's early stop hooks into a shared module
+        self.pictures = Pictures(model, processor)
+        self.engine = Engine(model, self.pictures, self.pad_id, self._busy)
 
     @classmethod
     def load(
@@ -121,7 +87,7 @@ class Session:
         the original TinyLLaVA Factory does not carry, such as `template` (see `model.legacy.read`).
         """
         directory = find_checkpoint(path)
-        device = _device(device)
+        device = find_device(device)
         dtype = dtype or ("float32" if device.type == "cpu" else "auto")
         if isinstance(dtype, str):
             if dtype not in DTYPES:
@@ -187,7 +153,7 @@ class Session:
     def generate(self, samples: Sequence[Sample], batch_size: int | None = None, **generation: Any) -> list[str]:
         """Answers to the last turns of `samples`, in their order: with one picture, several or none.
 
-        batch_size: rows at once, by default what 8192 positions hold. generation: max_new_tokens=512, temperature=0
+        batch_size: rows at once, by default what CACHE_BYTES hold. generation: max_new_tokens=512, temperature=0
         (greedy), top_p=1, and whatever transformers' `generate` takes. Raises SampleError for a faulty sample.
         """
         answers = dict(self.generate_each(samples, batch_size, **generation))
@@ -196,32 +162,64 @@ class Session:
     def generate_each(
         self, samples: Sequence[Sample], batch_size: int | None = None, **generation: Any
     ) -> Iterator[tuple[int, str]]:
-        """(index, answer) as batches get done: questions on the same pictures near each other, long ones first."""
-        self._forget_urls()
-        keys = [tuple(image_key(image) for image in sample.images) for sample in samples]
-        for pool in pools(keys, self._cache_size()):
+        """(index, answer) as answers end: questions on the same pictures near each other, long ones first."""
+        for pool in self._pools(samples):
             prompts = {index: self.prompt(samples[index]) for index in pool}
             limits = {index: self.room(prompts[index], **generation) for index in pool}
-            for batch in batches(prompts, limits, batch_size):
+            for batch in self._batches(prompts, limits, batch_size):
                 options = {**generation, "max_new_tokens": limits[batch[0]]}
-                yield from zip(batch, self._answer([prompts[index] for index in batch], **options), strict=True)
+                for row, answer in self._answer([prompts[index] for index in batch], **options):
+                    yield batch[row], answer
+
+    def loglikelihood(
+        self, samples: Sequence[Sample], options: Sequence[Sequence[str]], batch_size: int | None = None
+    ) -> list[list[Likelihood]]:
+        """How likely each of a sample's `options` is as its answer; see `Likelihood` for what is summed."""
+        found = dict(self.loglikelihood_each(samples, options, batch_size))
+        return [found[index] for index in range(len(samples))]
+
+    def loglikelihood_each(
+        self, samples: Sequence[Sample], options: Sequence[Sequence[str]], batch_size: int | None = None
+    ) -> Iterator[tuple[int, list[Likelihood]]]:
+        """(index, likelihoods of its options) as batches get done."""
+        for pool in self._pools(samples):
+            rows = {
+                (index, at): self._answered(samples[index], one)
+                for index in pool
+                for at, one in enumerate(options[index])
+            }
+            prompts = {key: prompt for key, (prompt, _) in rows.items()}
+            limits = {key: self.room(prompt, 1) for key, prompt in prompts.items()}
+            found: dict[int, dict[int, Likelihood]] = {index: {} for index in pool}
+            for batch in self._batches(prompts, limits, batch_size):
+                scores = likelihood.score(self.engine, [rows[key] for key in batch])
+                for (index, at), one in zip(batch, scores, strict=True):
+                    found[index][at] = one
+                for index in [index for index in found if len(found[index]) == len(options[index])]:
+                    made = found.pop(index)
+                    yield index, [made[at] for at in range(len(made))]
 
     def stream_answer(self, sample: Sample, **generation: Any) -> Iterator[str]:
         """The answer to one sample in pieces, which joined are what `generate` gives. Closing it stops the model."""
-        self._forget_urls()
+        self.pictures.forget_urls()
         prompt = self.prompt(sample)
         options = {**generation, "max_new_tokens": self.room(prompt, **generation)}
-        with closing(stream_ids(partial(self._answer, [prompt], **options))) as ids:
+        with closing(stream_ids(partial(self._generate, [prompt], **options))) as ids:
             yield from self.reader.pieces(ids)
 
     def prompt(self, sample: Sample) -> Prompt:
         """A sample's ids up to where the model speaks. Raises SampleError for turns or pictures that do not fit."""
-        ids = self.template.prompt(sample, self.tokenizer)["input_ids"]
-        marks, images = ids.count(self.model.config.image_token_id), len(sample.images)
+        return self._expand(self.template.prompt(sample, self.tokenizer)["input_ids"], sample)
+
+    def _expand(self, ids: list[int], sample: Sample) -> Prompt:
+        """Every `<image>` id as often as its picture has tokens."""
+        image_id = self.model.config.image_token_id
+        marks, images = ids.count(image_id), len(sample.images)
         if marks != images:
             raise SampleError("placeholders", f"{marks} {IMAGE_TOKEN} in its text, but {images} image(s)", sample.id)
-        length = len(ids) + marks * (self.processor.tokens_per_image - 1)
-        return Prompt(ids, [(image_key(image), image) for image in sample.images], length)
+        counts = map(self.pictures.count, sample.images)
+        expanded = [token for one in ids for token in ([one] * next(counts) if one == image_id else [one])]
+        return Prompt(expanded, [(image_key(image), image) for image in sample.images])
 
     def room(self, prompt: Prompt, max_new_tokens: int = MAX_NEW_TOKENS, **_: Any) -> int:
         """`max_new_tokens`, or what the LLM has left after the prompt. Raises UserError when that is nothing."""
@@ -233,8 +231,27 @@ class Session:
             )
         return max_new_tokens if longest is None else min(max_new_tokens, longest - prompt.length)
 
+    # -- batches -------------------------------------------------------------------------------------------------------
+
+    def _pools(self, samples: Sequence[Sample]) -> Iterator[list[int]]:
+        self.pictures.forget_urls()
+        return pools([tuple(image_key(image) for image in sample.images) for sample in samples], self.pictures.size())
+
+    def _batches(self, prompts: dict[Any, Prompt], limits: dict[Any, int], size: int | None) -> Iterator[list[Any]]:
+        position_bytes = self.engine.position_bytes
+        positions = CACHE_BYTES // position_bytes if position_bytes else POSITIONS
+        return batches(prompts, limits, size, positions)
+
+    def _answer(self, prompts: list[Prompt], max_new_tokens: int, **options: Any) -> Iterator[tuple[int, str]]:
+        """(row, answer) of one batch as answers end."""
+        if self.engine.position_bytes is None or options.keys() - {"temperature"} or options.get("temperature", 0) > 0:
+            yield from enumerate(self._generate(prompts, max_new_tokens, **options))
+            return
+        for row, ids in self.engine.greedy(prompts, max_new_tokens, self.reader.has_ended):
+            yield row, self.reader.text(ids)
+
     @torch.inference_mode()
-    def _answer(
+    def _generate(
         self,
         prompts: list[Prompt],
         max_new_tokens: int,
@@ -243,66 +260,20 @@ class Session:
         top_k: int = 0,
         **options: Any,
     ) -> list[str]:
-        """One batch through the model."""
+        """Answers of one batch by transformers' `generate`: whatever it can do, for any LLM."""
         sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": top_k}
         options |= sampling if temperature > 0 else {"do_sample": False}
         if self.reader.end_text:
             options |= {"stop_strings": [self.reader.end_text], "tokenizer": self.tokenizer}
         with self._busy:
-            inputs = self._inputs(prompts)
+            ids, embeds = self.pictures.embed([Piece(prompt, 0, prompt.length) for prompt in prompts], self.pad_id)
+            mask = padding_mask([prompt.length for prompt in prompts]).to(ids.device)
+            # `generate` makes positions only for a forward that names them; learned ones would count the padding.
+            positions = (mask.cumsum(1) - 1).clamp(min=0)
+            inputs = {"input_ids": ids, "inputs_embeds": embeds, "attention_mask": mask, "position_ids": positions}
             made = self.model.generate(**inputs, max_new_tokens=max_new_tokens, **options)
-        return [self.reader.text(row) for row in made[:, inputs["input_ids"].shape[1] :].tolist()]
+        return [self.reader.text(row) for row in made[:, ids.shape[1] :].tolist()]
 
-    def _inputs(self, prompts: list[Prompt]) -> dict[str, Tensor]:
-        """`input_ids`, `attention_mask`, `position_ids` [B, L], padded on the left, and `inputs_embeds` [B, L, D]."""
-        image_id, length = self.model.config.image_token_id, max(prompt.length for prompt in prompts)
-        ids = torch.full((len(prompts), length), self.pad_id)
-        mask = torch.zeros_like(ids)
-        for row, prompt in enumerate(prompts):
-            own = torch.tensor(prompt.ids)
-            own = own.repeat_interleave(torch.where(own == image_id, self.processor.tokens_per_image, 1))
-            ids[row, length - prompt.length :], mask[row, length - prompt.length :] = own, 1
-        ids, mask = ids.to(self.model.device), mask.to(self.model.device)
-        embeds = self.model.get_input_embeddings()(ids)
-        images = [image for prompt in prompts for image in prompt.images]
-        if images:
-            tokens = torch.cat(self._image_tokens(images)).to(embeds)
-            embeds = embeds.masked_scatter((ids == image_id)[..., None], tokens)
-        # `generate` makes positions only for a model whose forward names them; learned ones would count the padding.
-        positions = (mask.cumsum(1) - 1).clamp(min=0)
-        return {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "inputs_embeds": embeds}
-
-    def _image_tokens(self, images: Sequence[tuple[ImageKey, Reference]]) -> list[Tensor]:
-        """Tokens [T, D] of each picture: from the cache, or through tower and connector, every distinct one once."""
-        references = dict(images)
-        made = {key: self._features[key] for key in references if key in self._features}
-        missing = [key for key in references if key not in made]
-        for start in range(0, len(missing), TOWER_ROWS):
-            keys = missing[start : start + TOWER_ROWS]
-            pixels = self.processor.pixels([open_image(references[key]) for key in keys]).to(self.model.device)
-            tokens = self.model.model.get_image_features(pixels).pooler_output
-            made |= {key: own.clone() for key, own in zip(keys, tokens, strict=True)}  # a view keeps all others alive
-        for key, tokens in made.items():
-            self._features[key] = tokens
-            self._features.move_to_end(key)
-        while len(self._features) > self._cache_size():
-            self._features.popitem(last=False)
-        return [made[key] for key, _ in images]
-
-    def _cache_size(self) -> int:
-        """How many pictures the cache holds."""
-        numbers = self.processor.tokens_per_image * self.model.config.text_config.hidden_size
-        return max(1, IMAGE_CACHE // (numbers * self.model.dtype.itemsize))
-
-    def _forget_urls(self) -> None:
-        """A URL may show something else in the next call."""
-        for key in [key for key in self._features if key[0] == "url"]:
-            del self._features[key]
-
-
-def _device(name: str | torch.device | None) -> torch.device:
-    best = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-    known = sorted({"cpu", best.type})
-    if str(name or best).partition(":")[0] not in known:
-        raise UserError(f"no device '{name}' on this machine. It has: {', '.join(known)}.")
-    return torch.device(name or best)
+    def _answered(self, sample: Sample, answer: str) -> tuple[Prompt, list[bool]]:
+        ids, marks = likelihood.answered(self.template, self.tokenizer, sample, answer)
+        return self._expand(ids, sample), marks

@@ -1,0 +1,127 @@
+"""Questions of one's own: how a metric is chosen, what it counts as right, what is refused; scored by their path."""
+
+import json
+from pathlib import Path
+
+import pytest
+from oracle_tools import near
+
+from tests.cli_tools import assert_refused, command_line  # noqa: F401  (the fixture `tinyllava`)
+from tinyllava.errors import UserError
+from tinyllava.eval.benchmarks import custom, vqav2
+from tinyllava.eval.score import score_answers
+
+ANIMALS = ("a cat", "a dog", "an owl")
+
+
+def write(path: Path, records: list[dict]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    return path
+
+
+def records() -> list[dict]:
+    """One question of each metric, none of which is named."""
+    return [
+        {"question_id": "e", "image": "a.png", "text": "What?", "answer": "cat", "accept": ["kitten"], "category": "x"},
+        {"question_id": "c", "image": ["a.png", "b.png"], "text": "Which?", "answer": "B", "options": list(ANIMALS)},
+        {"question_id": "s", "text": "Colour?", "answer": ["red"] * 3 + ["pink"] * 7},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("said", "right"),
+    [("cat", 1), ("A  Cat.", 1), ("the cat", 1), ("cats", 0), ("", 0), ("a", 0), ("cat dog", 0), ("not a cat", 0)],
+)
+def test_exact_but_for_case_period_and_article(said: str, right: int) -> None:
+    assert custom.score(said, "cat") == right
+
+
+def test_other_accepted_answers_and_the_letters_of_choices() -> None:
+    assert custom.score("Grey.", "gray", accept=("grey",)) == 1.0
+    assert custom.score("grey", "gray") == 0.0
+    assert custom.score("7.", 7) == 1.0
+    for said in ("b", "B.", "(B)", "dog", "A dog"):
+        assert custom.score(said, "a dog", "choice", ANIMALS) == 1.0
+        assert custom.score(said, "B", "choice", ANIMALS) == 1.0
+    for said in ("a", "d", "owl", "c", "", "elk"):
+        assert custom.score(said, "a dog", "choice", ANIMALS) == 0.0
+    assert custom.score("b", "a", "choice", ("b", "a")) == 0.0  # options that are letters are what they say
+    assert custom.score("an owl", "owl") == 1.0 and custom.normalize("a") == "a"
+
+
+@pytest.mark.parametrize(
+    ("said", "parsed"),
+    [
+        ("Yes", "yes"),
+        ("No, it is not", "no"),
+        ("there is no dog", "no"),
+        ("not sure", None),
+        ("noon", None),
+        ("", None),
+    ],
+)
+def test_yes_or_no(said: str, parsed: str | None) -> None:
+    assert custom.parse(said, "yes-no") == parsed
+    assert custom.score(said, "no", "yes-no") == (parsed == "no")
+
+
+def test_soft_is_vqa_for_ten_and_an_agreement_for_fewer() -> None:
+    for count in range(11):
+        people = ["red"] * count + ["blue"] * (10 - count)
+        official = vqav2.score("red", [{"answer": a, "answer_id": i} for i, a in enumerate(people)])
+        assert custom.soft("red", people) == near(official)
+    assert custom.soft("Red.", ["red"]) == 1.0 and custom.soft("blue", ["red"]) == 0.0
+    assert custom.soft("red", ["red", "blue"]) == 0.5 and custom.soft("red", ["red"] * 2) == 1.0
+    assert custom.soft("red", ["red"] * 3) == 1.0
+
+
+def test_the_metric_follows_from_the_data_unless_it_is_named(tmp_path: Path) -> None:
+    asked = custom.questions(write(tmp_path / "my.jsonl", records()))
+    assert [question.extra["metric"] for question in asked] == ["exact", "choice", "soft"]
+    assert asked[1].images == (str(tmp_path / "a.png"), str(tmp_path / "b.png")) and asked[2].images == ()
+    yes_no = [{"question_id": n, "text": "?", "answer": answer} for n, answer in enumerate(("Yes", "no"))]
+    assert {q.extra["metric"] for q in custom.questions(write(tmp_path / "b.jsonl", yes_no))} == {"yes-no"}
+    mixed = [*yes_no, {"question_id": "m", "text": "?", "answer": "maybe"}]
+    assert {q.extra["metric"] for q in custom.questions(write(tmp_path / "c.jsonl", mixed))} == {"exact"}
+    mixed[0]["metric"] = "yes-no"
+    assert [q.extra["metric"] for q in custom.questions(write(tmp_path / "d.jsonl", mixed))][:2] == ["yes-no", "exact"]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"metric": "fuzzy"}, "unknown metric 'fuzzy'. Known: exact, choice, yes-no, soft"),
+        ({"metric": "soft"}, "soft needs a list of answers, found 'cat'"),
+        ({"metric": "exact", "answer": ["cat"]}, r"exact needs one answer, found \['cat'\]"),
+        ({"options": ["dog", "owl"]}, r"its answer 'cat' is none of \['dog', 'owl'\]"),
+        ({"question_id": "c"}, "question_id 'c' is there twice"),
+    ],
+)
+def test_a_record_that_cannot_be_scored_is_named(tmp_path: Path, change: dict, words: str) -> None:
+    first, *rest = records()
+    with pytest.raises(UserError, match=words):
+        custom.questions(write(tmp_path / "my.jsonl", [first | change, *rest]))
+
+
+def test_a_file_is_a_task(tmp_path: Path, tinyllava) -> None:
+    path = write(tmp_path / "data" / "my.jsonl", records())
+    said = {"e": "Kitten", "c": "(c)", "s": "red"}
+    answers = write(tmp_path / "a.jsonl", [{"question_id": qid, "text": text} for qid, text in said.items()])
+    out = tmp_path / "out"
+    assert tinyllava("score", path, "--answers", answers, "--output", out).code == 0
+    entry = json.loads((out / "results.json").read_text())["tasks"]["my"]
+    assert entry["score"] == near(100 * (1 + 0 + 0.9) / 3)
+    assert entry["metric"] == "exact match, multiple-choice accuracy, soft accuracy"
+    assert entry["categories"]["x"]["accuracy"] == 1.0
+    assert score_answers("custom", path, answers)["score"] == entry["score"]
+    assert_refused(tinyllava("score", tmp_path / "no.jsonl", "--answers", answers), "no.jsonl", "there is no file")
+    assert_refused(tinyllava("score", "custom", "--answers", answers), "custom", "--data FILE.jsonl")
+
+
+def test_without_right_answers_it_is_asked_and_not_scored(tmp_path: Path) -> None:
+    bare = [{key: value for key, value in record.items() if key != "answer"} for record in records()]
+    path = write(tmp_path / "my.jsonl", bare)
+    answers = write(tmp_path / "a.jsonl", [{"question_id": one["question_id"], "text": "B"} for one in bare])
+    found = score_answers(str(path), None, answers)
+    assert found["score"] is None and [one["parsed"] for one in found["items"]] == ["b", "dog", "b"]
