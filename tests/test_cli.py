@@ -16,12 +16,14 @@ from tinyllava.factory import KINDS, Factory
 
 SURFACE = {  # growth is a decision: a new verb or option is added here, with a reason in its pull request
     "train": ["recipe", "overrides", "--output", "--overwrite", "--data"],
-    "look": ["recipe", "overrides"],
-    "chat": ["checkpoint", "images", "--prompt", "--temperature", "--max-new-tokens"],
-    "eval": ["checkpoint", "--tasks", "--data", "--output"],
-    "export": ["checkpoint", "--to", "--output"],
+    "look": ["recipe", "overrides", "--offline"],
+    "chat": ["checkpoint", "images", "--prompt", "--temperature", "--max-new-tokens", "--lacking"],
+    "eval": ["checkpoint", "--tasks", "--data", "--output", "--judge", "--compare", "--lacking"],
+    "score": ["task", "--answers", "--data", "--output", "--allow-partial", "--judge"],
+    "export": ["checkpoint", "--to", "--output", "--push", "--lacking"],
     "list": ["kind"],
     "data check": ["source", "--images"],
+    "data prepare": ["names", "--root", "--check"],
     "doctor": [],
 }
 
@@ -103,7 +105,7 @@ def test_list_shows_what_was_registered(tinyllava: Callable[..., Said], monkeypa
         (["chat", "nowhere", "--temperature", "hot"], ["--temperature", "valid number"]),
         (["eval", "nowhere", "--tasks", "pop"], ["unknown benchmark 'pop'", "did you mean 'pope'"]),
         (["eval", "nowhere"], ["--tasks"]),
-        (["export", "nowhere", "--to", "gguf", "--output", "x"], ["gguf", "merged"]),
+        (["export", "nowhere", "--to", "gguf", "--output", "x"], ["gguf", "merged, hf, split"]),
         (["data", "check", "quickstrat"], ["did you mean 'quickstart'"]),
         (["data", "check", "missing.json"], ["missing.json", "not found"]),
     ],

@@ -5,17 +5,17 @@ lines on stderr; `--debug` adds the traceback), 130 interrupted.
 """
 
 import errno
+import logging
 import os
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from tinyllava.console import messages, output, show_error, show_log
 from tinyllava.errors import UserError
-from tinyllava.factory import Factory
 
 INTERRUPTED = 130
 
@@ -26,7 +26,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-data_app = typer.Typer(help="Look into data before training does.", no_args_is_help=True)
+data_app = typer.Typer(help="Get data, and look into them before training does.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 
 RecipeName = Annotated[
@@ -39,7 +39,14 @@ Overrides = Annotated[
 Checkpoint = Annotated[
     str, typer.Argument(metavar="CHECKPOINT", help="A checkpoint, or a run such as runs/quickstart.")
 ]
-
+Lacking = Annotated[
+    list[str] | None,
+    typer.Option(metavar="KEY=VALUE", help="What a checkpoint of the original does not carry: template=phi"),
+]
+TASKS = "Benchmarks of `tinyllava list benchmarks`, with variants such as textvqa-no-ocr; or your own .jsonl."
+Judge = Annotated[
+    str | None, typer.Option(metavar="MODEL", help="Who grades MM-Vet, behind OPENAI_BASE_URL; or a file of grades.")
+]
 DataRoot = Annotated[str | None, typer.Option("--data", metavar="ROOT", help="The folder of the benchmarks' data.")]
 
 
@@ -64,7 +71,9 @@ def train(
     from tinyllava.config import load_recipe
 
     loaded, name = load_recipe(recipe, overrides), Path(recipe).stem
-    needs_data(loaded.eval, data)
+    from tinyllava.commands.evaluate import ask_and_score, checked
+
+    tasks = checked(loaded.eval, data)
     from tinyllava.train import stage
     from tinyllava.train.record import is_main_process
 
@@ -72,42 +81,25 @@ def train(
     final = stage.run(loaded, name, run_dir, overwrite=overwrite)
     if not is_main_process():
         return
-    if loaded.eval:
-        score(final, loaded.eval, data, run_dir)
+    if tasks:
+        ask_and_score(final, tasks, data, run_dir)
     output.print(f"\ntalk to it   tinyllava chat {shlex.quote(str(run_dir))}", highlight=False, soft_wrap=True)
     output.print(f"the weights  {final}", highlight=False, soft_wrap=True)
 
 
-def needs_data(tasks: list[str], root: str | None) -> None:
-    """Raise UserError for a benchmark whose data are nowhere: before training, not after."""
-    for task in tasks:
-        if root is None and not hasattr(Factory("benchmarks").get(task), "locate"):
-            raise UserError(
-                f"{task} needs its data: give --data ROOT. (`tinyllava list benchmarks` says what each is.)"
-            )
-
-
-def score(checkpoint: Path, tasks: list[str], root: str | None, folder: Path) -> None:
-    """Ask and score a checkpoint, and show the table and where the sample answers lie."""
-    from tinyllava.eval.run import evaluate, print_scores
-    from tinyllava.infer import Session
-
-    results = evaluate(Session.load(checkpoint), tasks, root, folder)
-    print_scores(results, output)
-    for task in tasks:
-        page = folder / "eval" / task / "samples.html"
-        output.print(f"{task}: sample answers with their pictures in {page}", highlight=False, soft_wrap=True)
-
-
 @app.command()
-def look(recipe: RecipeName, overrides: Overrides = None) -> None:
+def look(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    offline: Annotated[bool, typer.Option("--offline", help="With tiny stand-ins: needs no Hub and no data.")] = False,
+) -> None:
     """Show what training would do: coloured samples, parts, lengths, steps. Reads no weights."""
     from tinyllava.config import load_recipe
 
     loaded = load_recipe(recipe, overrides)
-    from tinyllava.train.look import look
+    from tinyllava.train.look import look, look_offline
 
-    look(loaded, output)
+    (look_offline if offline else look)(loaded, output)
 
 
 @app.command()
@@ -117,12 +109,13 @@ def chat(
     prompt: Annotated[str | None, typer.Option(help="Ask this once, and leave.")] = None,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")] = 0.0,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 512,
+    lacking: Lacking = None,
 ) -> None:
     """Talk to a checkpoint about pictures, or about nothing in particular."""
     from tinyllava.commands.chat import say, talk
     from tinyllava.infer import Session
 
-    session = Session.load(checkpoint)
+    session = Session.load(checkpoint, **given(lacking))
     generation = {"temperature": temperature, "max_new_tokens": max_new_tokens}
     if prompt is not None:
         say(session, prompt, images or [], **generation)
@@ -132,39 +125,68 @@ def chat(
 
 @app.command("eval")
 def evaluate(
-    checkpoint: Checkpoint,
-    tasks: Annotated[str, typer.Option(help="Benchmarks of `tinyllava list benchmarks`, with commas between.")],
+    checkpoint: Annotated[Path | None, typer.Argument(metavar="CHECKPOINT", help="Or a run, like runs/a.")] = None,
+    tasks: Annotated[str | None, typer.Option(help=TASKS + " Commas between.")] = None,
     data: DataRoot = None,
     output_dir: Annotated[Path | None, typer.Option("--output", help="By default the CHECKPOINT's directory.")] = None,
+    judge: Judge = None,
+    compare: Annotated[
+        tuple[Path, Path] | None, typer.Option(metavar="A B", help="Ask nothing: do these two scored runs differ?")
+    ] = None,
+    lacking: Lacking = None,
 ) -> None:
-    """Ask a checkpoint a benchmark's questions and score its answers by the official rules."""
-    named = [task.strip() for task in tasks.split(",") if task.strip()]
-    needs_data(named, data)
-    score(Path(checkpoint), named, data, output_dir or Path(checkpoint))
+    """Ask a checkpoint a benchmark's questions and score its answers by the official rules; or compare two."""
+    from tinyllava.commands.evaluate import ask_and_score, checked, print_comparison, split
+
+    names = split(tasks or "")
+    if compare is not None:
+        print_comparison(*compare, names)
+    elif checkpoint is None or not names:
+        raise UserError("say what to ask whom: tinyllava eval CHECKPOINT --tasks stamps,pope; or --compare A B.")
+    else:
+        found = checked(names, data, judge)
+        ask_and_score(checkpoint, found, data, output_dir or checkpoint, judge, given(lacking), together=True)
+
+
+@app.command()
+def score(
+    task: Annotated[str, typer.Argument(metavar="TASK", help=TASKS)],
+    answers: Annotated[Path, typer.Option(metavar="FILE", help="Ours or the original's: any form there is.")],
+    data: DataRoot = None,
+    output_dir: Annotated[Path | None, typer.Option("--output", help="By default FILE.scores, beside it.")] = None,
+    allow_partial: Annotated[
+        bool, typer.Option("--allow-partial", help="Record missing, repeated and unknown answers; do not refuse.")
+    ] = False,
+    judge: Judge = None,
+) -> None:
+    """Score an answers file by the official rules, without a model."""
+    from tinyllava.commands.score import score_and_show
+
+    score_and_show(task, data, answers, output_dir, allow_partial, judge)
 
 
 @app.command()
 def export(
     checkpoint: Checkpoint,
-    to: Annotated[str, typer.Option(help="merged: the adapter folded into the weights.")],
+    to: Annotated[
+        str, typer.Option(help="merged: adapter folded in. hf: with a model card, for the Hub. split: parts apart.")
+    ],
     output_dir: Annotated[Path, typer.Option("--output", help="A directory that does not exist yet.")],
+    push: Annotated[str | None, typer.Option(metavar="USER/NAME", help="Upload to this model on the Hub.")] = None,
+    lacking: Lacking = None,
 ) -> None:
     """Write a checkpoint in another form."""
-    if to != "merged":
-        raise UserError(f"unknown form '{to}'. Known: merged.")
-    if output_dir.exists():
-        raise UserError(f"{output_dir} exists already. Choose another --output, or remove it.")
-    from tinyllava.infer import find_checkpoint
-    from tinyllava.model import checkpoint as files
-    from tinyllava.model.adapter import merge
+    from tinyllava.commands import export as forms
 
-    source = find_checkpoint(checkpoint)
-    model, processor, template, record = files.load(source)
-    merged = merge(model)
-    with files.aside(output_dir) as directory:
-        files.save(merged, processor, template, directory, {**record.get("run", {}), "merged_from": source.name})
-    reason = files.why_not_plain(merged)
-    output.print(f"{output_dir}: {'plain llava' if reason is None else f'not plain llava: {reason}'}", highlight=False)
+    reason = forms.export(checkpoint, to, output_dir, push or output_dir.name, given(lacking))
+    if to == "split":
+        for part in ("llm", "vision_tower", "connector"):
+            output.print(f"{output_dir}/{part}", highlight=False, soft_wrap=True)
+    else:
+        kind = "plain llava" if reason is None else f"not plain llava: {reason}"
+        output.print(f"{output_dir}: {kind}", highlight=False, soft_wrap=True)
+    if push:
+        output.print(f"uploaded to {forms.push(output_dir, push)}", highlight=False, soft_wrap=True)
 
 
 @app.command("list")
@@ -194,6 +216,25 @@ def data_check(
     output.print(f"{counts}: nothing is wrong.", highlight=False)
 
 
+@data_app.command("prepare")
+def data_prepare(
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="NAME", help="llava-1.5, pope, ...; without any, what there is.")
+    ] = None,
+    root: Annotated[
+        Path, typer.Option(metavar="DIR", envvar="TINYLLAVA_DATA", help="Where data lie, or are to lie.")
+    ] = Path("data"),
+    check: Annotated[bool, typer.Option("--check", help="Fetch nothing: only look at what is there.")] = False,
+) -> None:
+    """Get training data and benchmarks, or say where they are to be had; exits with 1 while anything lacks."""
+    from tinyllava.commands import prepare
+
+    if not names:
+        prepare.show(output)
+    elif not prepare.prepare(names, root, not check, output):
+        raise typer.Exit(1)
+
+
 @app.command()
 def doctor() -> None:
     """Show versions, devices, memory and disk, and what is known not to work; exits with 1 if anything is."""
@@ -203,12 +244,29 @@ def doctor() -> None:
         raise typer.Exit(1)
 
 
+def given(lacking: list[str] | None) -> dict[str, Any]:
+    """KEY=VALUE options as keywords of `tinyllava.load`; a value is YAML, or the path of a JSON or YAML file."""
+    import yaml
+
+    keywords = {}
+    for pair in lacking or []:
+        key, equals, text = pair.partition("=")
+        if not equals:
+            raise UserError(f"cannot read --lacking '{pair}': expected KEY=VALUE, like template=phi.")
+        is_file = text.endswith((".json", ".yaml", ".yml"))
+        if is_file and not Path(text).is_file():
+            raise UserError(f"--lacking {key}: file {text} not found.")
+        keywords[key] = yaml.safe_load(Path(text).read_text(encoding="utf-8") if is_file else text)
+    return keywords
+
+
 def main(arguments: list[str] | None = None) -> None:
     """The console script. Always raises SystemExit."""
     arguments = sys.argv[1:] if arguments is None else arguments
     debug, arguments = "--debug" in arguments, [argument for argument in arguments if argument != "--debug"]
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # or each forked data worker warns about it
     os.environ.setdefault("TQDM_DELAY", "2")  # the libraries' own bars appear only where there is something to wait for
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # peft imports it: it warns of a kernel not needed
     show_log(main_process=int(os.environ.get("RANK", 0)) == 0, debug=debug)
     sys.exit(run(arguments, debug))
 

@@ -30,7 +30,7 @@ def check_recipe(recipe: Recipe) -> Report:
     if recipe.model.checkpoint is None:
         _, processor, template = build(recipe.model, lambda: training_samples(recipe), recipe.seed, empty=True)
     else:
-        _, processor, template, _ = checkpoint.load(Path(recipe.model.checkpoint))
+        _, processor, template, _ = checkpoint.load(Path(recipe.model.checkpoint), **recipe.model.lacking.given())
     total, seen = Report(), []
     for stage in recipe.stages.values():
         chosen = Template.load(stage.template, compat=template.compat) if stage.template else template
@@ -40,7 +40,8 @@ def check_recipe(recipe: Recipe) -> Report:
             if one in seen:
                 continue
             seen.append(one)
-            report = check([spec], chosen, processor.tokenizer, processor.tokens_per_image, one[2])
+            each, tiles = processor.tokens_per_image, processor.tiling
+            report = check([spec], chosen, processor.tokenizer, each, one[2], tiles=tiles)
             total.records += report.records
             total.pictures += report.pictures
             total.text_only += report.text_only

@@ -16,6 +16,7 @@ NOTES = {
     "llms": "any other `AutoModelForCausalLM` works by its Hub id or path, without a file",
     "templates": f"also `{NATIVE_TEMPLATE}`: the tokenizer's own; or a path to your .jinja",
     "recipes": "or a path to your .yaml",
+    "benchmarks": "with variants such as vqav2-val (docs/evaluation.md); or a path to your .jsonl",
 }
 
 

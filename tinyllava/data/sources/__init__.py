@@ -29,6 +29,7 @@ from tinyllava.factory import nearest
 
 FORMATS = ("stamps", "hub", "llava_json", "messages")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+SHUFFLED = 1000  # records of a stream held at a time, pictures encoded: a hundred MB at most
 
 
 @dataclass
@@ -53,10 +54,14 @@ class Source:
         """Raw record number `row`; pictures stay undecoded."""
         return rows_of(self.records[row], row)[0]
 
-    def iterate(self) -> Iterator[dict[str, Any]]:
-        """All raw records in order; each has an `id`, if only `#ROW`."""
+    def iterate(self, seed: int | None = None) -> Iterator[dict[str, Any]]:
+        """All raw records in order; each has an `id`, if only `#ROW`.
+
+        With a `seed` a stream comes shuffled, always alike: its shards, and within them a buffer of records.
+        """
         if self.streaming:
-            for row, record in enumerate(self.records):
+            records = self.records if seed is None else self.records.shuffle(seed, buffer_size=SHUFFLED)
+            for row, record in enumerate(records):
                 yield with_id(record, row)
             return
         for start in range(0, len(self), 64):

@@ -1,0 +1,163 @@
+"""Every recipe of the package: what it says of itself, a look at it, and two steps of each stage on stand-ins."""
+
+import inspect
+import io
+import json
+import re
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from tests.cli_tools import Said, command_line  # noqa: F401
+from tinyllava.config import Recipe, load_recipe
+from tinyllava.config.schema import Lacking
+from tinyllava.errors import UserError
+from tinyllava.factory import Factory
+from tinyllava.model import legacy
+from tinyllava.train import stage
+from tinyllava.train.look import look
+from tinyllava.train.stand_ins import TOWER, stand_ins
+
+NAMES = Factory("recipes").names()
+SCORES = ("VQAv2", "GQA", "SQA-I", "TextVQA", "MM-Vet", "POPE", "MME", "MMMU-val")
+ROW = r"\| `([^`]+)` \| [^|]+ \| [^|]+ \| (\d.*) \|"
+PUBLISHED = {  # the rows of the published table: first and last score
+    "openelm-450m-clip-base": (69.5, 23.9),
+    "openelm-450m-siglip-base": (71.7, 24.0),
+    "qwen2-0.5b-siglip-base": (72.3, 29.7),
+    "qwen2.5-0.5b-siglip-base": (75.3, 33.3),
+    "qwen2.5-3b-siglip-base": (79.4, 39.9),
+    "tinyllama-clip-base": (73.7, 27.9),
+    "tinyllama-siglip-base": (75.5, 28.3),
+    "stablelm2-clip-base": (75.9, 31.8),
+    "stablelm2-siglip-base": (78.2, 32.6),
+    "gemma-2b-siglip-base": (78.4, 31.7),
+    "phi2-clip-base": (76.8, 36.3),
+    "phi2-siglip-base": (79.2, 38.2),
+    "phi2-siglip-lora": (77.6, 35.6),
+    "phi2-siglip-share": (80.1, 38.4),
+}
+
+
+def comment(name: str) -> str:
+    """The lines with which a recipe's file begins."""
+    lines = Factory("recipes").path(name).read_text(encoding="utf-8").splitlines()
+    return "\n".join(lines[: next(at for at, line in enumerate(lines) if not line.startswith("#"))])
+
+
+def tunings(recipe: Recipe) -> set[str]:
+    """The tunings that a recipe names."""
+    parts = [part for one in recipe.stages.values() for part in (one.tune.vision_tower, one.tune.llm)]
+    return {name for part in parts for name in part.tuning}
+
+
+def two_steps(name: str) -> Recipe:
+    """The recipe cut to two steps a stage, with data that are nowhere; skips one whose extra is not installed."""
+    recipe = load_recipe(name)
+    if "qlora" in tunings(recipe) and find_spec("bitsandbytes") is None:
+        pytest.skip("needs the extra qlora")
+    trainer = {"max_steps": 2, "per_device_train_batch_size": 2, "dataloader_num_workers": 0, "report_to": "none"}
+    changes = ["data=[{path: nowhere.json}]", "validation=null", "global_batch_size=2"]
+    changes += [f"trainer.{key}={value}" for key, value in {**trainer, "save_strategy": "no"}.items()]
+    return load_recipe(name, [f"stages.{stage}.{change}" for stage in recipe.stages for change in changes])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_recipe_can_be_looked_at_and_trains_two_steps_of_each_stage(name: str, tmp_path: Path) -> None:
+    recipe, said = stand_ins(two_steps(name), tmp_path / "stand-ins")
+    assert "nowhere.json: 12 made-up records" in said
+    shown = Console(file=io.StringIO(), width=100)
+    look(recipe, shown)
+    final = stage.run(recipe, name, tmp_path / "run")
+    for trained in recipe.stages:
+        assert f"stage {trained}" in shown.file.getvalue()
+        lines = (tmp_path / "run" / trained / "metrics.jsonl").read_text().splitlines()
+        last = json.loads(lines[-1])
+        assert last["step"] == 2 and 0 < last["train_loss"] < 20
+    assert (final / "model.safetensors.index.json").is_file()
+
+
+def test_a_look_says_what_stands_in(tinyllava, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    said: Said = tinyllava("look", "tinyllama-mof", "--offline")
+    assert said.code == 0, said.err
+    assert "LLM TinyLlama/TinyLlama-1.1B-Chat-v1.0: random llama of 2 layers" in said.out
+    assert "vision tower facebook/dinov2-large: random dinov2 of 3 layers" in said.out
+    tokens = 2 * (TOWER["image_size"] // TOWER["patch_size"]) ** 2  # of both towers, interleaved
+    assert f"<image x {tokens}>" in said.out and "stage finetune" in said.out and "ASSISTANT: red</s>" in said.out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_here_is_not_replaced(tmp_path: Path) -> None:
+    assert stand_ins(load_recipe("quickstart"), tmp_path) == (load_recipe("quickstart"), [])
+
+
+def test_a_part_of_no_known_family_is_refused(tmp_path: Path) -> None:
+    recipe = load_recipe("phi2-siglip-base", ["model.llm=someone/unheard-of-1b"])
+    with pytest.raises(UserError, match=r"no stand-in is known for the LLM 'someone/unheard-of-1b'.*\n?.*--offline"):
+        stand_ins(recipe, tmp_path)
+
+
+def test_stand_ins_are_as_deep_as_partial_tuning_asks(tmp_path: Path) -> None:
+    recipe = load_recipe("phi2-siglip-share", ["stages.share.tune.vision_tower={partial: {last: 14}}"])
+    made, _ = stand_ins(recipe, tmp_path)
+    assert (
+        made.model.vision_tower.config["num_hidden_layers"] == 16
+    )  # 14 below the layer that feature layer -2 leaves out
+
+
+def test_every_row_of_the_published_table_has_its_recipe() -> None:
+    for name, (vqav2, mmmu) in PUBLISHED.items():
+        text = comment(name)
+        scores = {key: float(value) for key, value in re.findall(r"([A-Za-z0-9-]+) (\d+\.\d)(?=\s)", text + "\n")}
+        assert set(SCORES) <= set(scores), name
+        assert (scores["VQAv2"], scores["MMMU-val"]) == (vqav2, mmmu), name
+        recipe = load_recipe(name)
+        sizes = [one.global_batch_size for one in recipe.stages.values()]
+        assert sizes == ([256, 256, 128] if name == "phi2-siglip-share" else [256, 128])
+        assert recipe.model.vision_tower.name.split("/")[1].split("-")[0] == ("clip" if "clip" in name else "siglip")
+        assert recipe.stages["pretrain"].template == "pretrain" and "row       " in text
+
+
+def test_the_page_has_the_scores_that_the_recipes_have() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "recipes.md").read_text(encoding="utf-8")
+    rows = {row[0]: [float(cell) for cell in row[1].split(" | ")] for row in re.findall(ROW, page)}
+    assert set(rows) == set(PUBLISHED)
+    for name, scores in rows.items():
+        said = re.search(r"^# expected  (.*)$", comment(name), re.MULTILINE)[1].split()
+        assert scores == [float(word) for word in said[1::2]] and said[::2] == list(SCORES), name
+
+
+def test_a_stage_may_come_between_inherited_ones() -> None:
+    base, share = load_recipe("phi2-siglip-base"), load_recipe("phi2-siglip-share")
+    assert list(share.stages) == ["pretrain", "share", "finetune"]
+    assert share.stages["pretrain"] == base.stages["pretrain"]
+    assert share.stages["finetune"].trainer == base.stages["finetune"].trainer
+
+
+def test_data_lie_under_the_folder_that_the_environment_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    (here,) = load_recipe("phi2-siglip-base").stages["pretrain"].data
+    assert here.path == "data/text_files/blip_laion_cc_sbu_558k.json"
+    assert here.images == "data/llava/llava_pretrain/images"
+    monkeypatch.setenv("TINYLLAVA_DATA", "/somewhere")
+    (there,) = load_recipe("phi2-siglip-base").stages["pretrain"].data
+    assert there.path == "/somewhere/text_files/blip_laion_cc_sbu_558k.json"
+
+
+def test_what_an_original_checkpoint_lacks_is_named_as_its_loader_names_it() -> None:
+    assert list(Lacking.model_fields) == list(inspect.signature(legacy.read).parameters)[1:]
+
+
+def test_a_recipe_gives_the_loader_what_a_checkpoint_of_the_original_lacks(tmp_path: Path) -> None:
+    folder = Path(__file__).parent / "parity" / "legacy_checkpoints" / "full_tinyllama_mof_mofmlp"
+    facts = json.loads((folder / "expected.json").read_text())
+    changes = [f"model.checkpoint={folder / 'checkpoint'}"]
+    recipe, _ = stand_ins(load_recipe("custom-finetune", changes), tmp_path / "data")
+    with pytest.raises(UserError, match="does not carry its DINOv2's config"):
+        stage.prepare(recipe, "finetune")
+    lacking = {"template": "llama", **{key: facts[key] for key in ("dinov2_config", "image_processor")}}
+    recipe, _ = stand_ins(load_recipe("custom-finetune", [*changes, f"model.lacking={lacking}"]), tmp_path / "more")
+    setup = stage.prepare(recipe, "finetune")
+    assert setup.model.config.vision_config.second.model_type == "dinov2" and setup.template.name == "llama"
