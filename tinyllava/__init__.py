@@ -7,12 +7,14 @@
 Importing this loads nothing heavy: torch and transformers come with the first `load`.
 """
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tinyllava.infer import Session
 
 __version__ = "0.1.0"
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # which peft imports: it warns of a kernel not needed
 
 
 def load(

@@ -5,7 +5,6 @@ lines on stderr; `--debug` adds the traceback), 130 interrupted.
 """
 
 import errno
-import logging
 import os
 import shlex
 import sys
@@ -266,7 +265,6 @@ def main(arguments: list[str] | None = None) -> None:
     debug, arguments = "--debug" in arguments, [argument for argument in arguments if argument != "--debug"]
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # or each forked data worker warns about it
     os.environ.setdefault("TQDM_DELAY", "2")  # the libraries' own bars appear only where there is something to wait for
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # peft imports it: it warns of a kernel not needed
     show_log(main_process=int(os.environ.get("RANK", 0)) == 0, debug=debug)
     sys.exit(run(arguments, debug))
 
