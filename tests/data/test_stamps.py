@@ -4,6 +4,7 @@ import hashlib
 import json
 import re
 from collections import Counter, defaultdict
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from PIL import Image
 
 from tinyllava.data.sample import Sample
 from tinyllava.data.stamps import TIERS, prepare, tier, write
+from tinyllava.data.stamps.compose import render
 from tinyllava.data.stamps.library import TINTS, library
 from tinyllava.data.stamps.plan import answers, plan
 from tinyllava.data.stamps.words import FONTS, HELD_OUT, HELD_OUT_FONTS, TRAIN, split
@@ -124,7 +126,7 @@ def test_no_answer_can_be_copied_from_an_earlier_turn():
             heard += f" {question['value']} {answer['value']}"
 
 
-@pytest.mark.parametrize("name", ["small", "full"])
+@pytest.mark.parametrize("name", ["small", "full", "pretrain"])
 def test_held_out_concepts_words_and_fonts_are_never_trained(name):
     size = tier(name)
     assert size.held_out and not set(size.held_out) & set(size.concepts)
@@ -137,6 +139,38 @@ def test_held_out_concepts_words_and_fonts_are_never_trained(name):
             assert not {w.font for w in written} & set(HELD_OUT_FONTS)
     new = [p for p in plan(size, 0, "test", 40) if p.record["category"] == "new_concepts"]
     assert {p.scene.things[0].concept.name for p in new} <= set(size.held_out)
+
+
+def test_texts_say_what_is_where_and_name_nothing_held_out():
+    size = tier("pretrain")
+    names = sorted({*size.concepts, *size.held_out}, key=len, reverse=True)  # "kick scooter" names no scooter
+    plurals = {library().concepts[name].plural: name for name in names}
+    named = re.compile(rf"\b({'|'.join([*(p for p in plurals if ' ' in p), *names, *plurals])})\b")
+    spelled, placed = 0, 0
+    for planned in plan(size, 0, "texts", 2000):
+        assert planned.scene is None and "image" not in planned.record
+        said = [turn["value"] for turn in planned.record["conversations"]]
+        found = set(named.findall(" ".join(said)))
+        assert not {plurals.get(name, name) for name in found} & set(size.held_out) and "<image>" not in said[0]
+        for question, answer in zip(said[::2], said[1::2], strict=True):
+            if question.startswith("How do you spell"):
+                spelled += 1
+                assert question == f"How do you spell {answer.replace(' ', '')}?"
+            if asked := re.fullmatch(r"In which corner is the (.*)\?", question):
+                placed += 1
+                assert re.search(rf"\b{asked[1]} {answer}\b", said[0])
+    assert spelled > 100 and placed > 100
+
+
+def test_jitter_changes_colours_and_nothing_else():
+    scene = next(p.scene for p in plan(tier("pretrain"), 0, "captions", 50) if p.scene.things)
+    assert scene.things[0].shade != (1.0, 1.0)
+    calm = replace(scene, things=tuple(replace(t, shade=(1.0, 1.0)) for t in scene.things))
+    changed = np.any(np.asarray(render(scene)) != np.asarray(render(calm)), axis=2)
+    inside = np.zeros_like(changed)
+    for left, top, right, bottom in (t.box for t in scene.things):
+        inside[top:bottom, left:right] = True
+    assert changed.any() and not (changed & ~inside).any()
 
 
 def test_what_a_smaller_tier_holds_out_the_larger_never_trains():

@@ -1,5 +1,4 @@
-"""`mof_mlp`: two towers' features through an MLP each, tokens interleaved (Interleaved Mixture of Features,
-arXiv 2401.06209, section 4.2).
+"""`mof_mlp`: two towers' features through an MLP each, their tokens interleaved (MoF, arXiv 2401.06209, section 4.2).
 
 The features come as a mixture of towers gives them: joined on channels, the first tower's before the second's. The two
 are equally wide unless `first_dim` says how wide the first is.

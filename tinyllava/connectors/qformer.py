@@ -1,5 +1,6 @@
-"""`qformer`: BLIP-2's Q-Former (arXiv 2301.12597, section 3.1): learned queries in a BERT that reads the features in
-every second layer. Any picture takes `num_queries` tokens.
+"""`qformer`: BLIP-2's Q-Former (arXiv 2301.12597, section 3.1), so that any picture takes `num_queries` tokens.
+
+Learned queries in a BERT that reads the features in every second layer.
 
 Further options are fields of transformers' `Blip2QFormerConfig`; its defaults are BERT base's, which the original
 TinyLLaVA Factory takes, with random weights too:

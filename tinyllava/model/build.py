@@ -39,7 +39,6 @@ from tinyllava.model.parts import (
     hub_answers,
     load_part,
     load_tokenizer,
-    located,
     own_families,
     part_config,
     tower_names,
@@ -162,7 +161,7 @@ def tower_images(spec: VisionTowerSpec, config: PreTrainedConfig) -> tuple[BaseI
     if spec.image_processor is not None:
         own = read_fields(spec.image_processor)
     elif spec.name is not None:
-        name, where = located("vision_tower", tower_names(spec.name)[0]), {"local_files_only": not hub_answers()}
+        name, where = tower_names(spec.name)[0], {"local_files_only": not hub_answers()}
         try:
             own = AutoImageProcessor.from_pretrained(name, backend="pil", **where).to_dict()
         except ImportError:  # DINOv3's needs torchvision: what its file says is all that we need

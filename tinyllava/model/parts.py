@@ -30,8 +30,6 @@ logger = logging.getLogger("tinyllava")
 TOKENIZER_SAMPLES = 20_000  # enough for a small vocabulary, a few seconds to render
 FAMILIES = {"llm": "llms", "vision_tower": "vision_towers"}
 PART_NAMES = {"llm": "LLM", "vision_tower": "vision tower", "tokenizer": "tokenizer"}
-NANO = Path(__file__).parents[1] / "nano"
-NANO_PARTS = {"llm": "llm", "vision_tower": "vision_tower", "tokenizer": "llm"}
 PART_KEYS = {"tokenizer": "llm.tokenizer"}
 DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -141,14 +139,8 @@ def fit_vocabulary(
     return config
 
 
-def located(part: str, name: str) -> str:
-    """`nano` names the part that comes with the package; any other name is itself."""
-    return str(NANO / NANO_PARTS[part]) if name == "nano" else name
-
-
 def found(part: str, name: str, load: Callable, **kwargs: Any) -> Any:
     """`load(name)`, with one clear line when neither a directory nor the Hub has it."""
-    name = located(part, name)
     if name.endswith(".gguf"):
         name = str(gguf.converted(Path(name).expanduser()))
     local = Path(name).is_dir()

@@ -14,8 +14,8 @@ from tinyllava.data.cache import locked
 from tinyllava.data.sources import Source, llava_json
 from tinyllava.errors import UserError
 
-TIERS = ("tiny", "small", "full")
-PARTS = ("captions", "instructions", "validation")
+TIERS = ("tiny", "small", "full", "pretrain")
+PARTS = ("captions", "instructions", "validation", "texts")
 PATH = re.compile(rf"stamps:({'|'.join(TIERS)})/({'|'.join(PARTS)})")
 SEED = 0  # one dataset for everybody, so that scores compare
 

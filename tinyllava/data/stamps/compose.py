@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from random import Random
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageEnhance
 
 from tinyllava.data.stamps.library import TINTS, Concept, Drawing, font, library
 
@@ -35,6 +35,7 @@ class Thing:
     box: Box
     tint: str | None = None
     flip: bool = False
+    shade: tuple[float, float] = (1.0, 1.0)  # factors of its saturation and brightness
 
 
 @dataclass(frozen=True)
@@ -96,10 +97,12 @@ def compose(
     copies: int = 1,
     first: str | None = None,
     placed: bool = False,
+    jitter: bool = False,
 ) -> Scene:
     """A scene of `count` things from `concepts`, each in one of its first `drawings`: `copies` of the first thing
     (named by `first` or drawn), the others all different and not near each other. `fill` is the least share of its cell
-    that a thing takes. A single thing is large and anywhere, or with `placed` inside a quadrant."""
+    that a thing takes. A single thing is large and anywhere, or with `placed` inside a quadrant. With `jitter`
+    saturation and brightness are a little off."""
     names = _choose(rng, concepts, count, copies, first)
     things = []
     for name, cell in zip(names, _cells(rng, size, count, placed, fill), strict=True):
@@ -107,9 +110,9 @@ def compose(
         drawing = rng.choice(concept.drawings[:drawings])
         tint = rng.choice(list(TINTS)) if drawing.hue is not None else None
         image = library().image(drawing)
-        things.append(
-            Thing(concept, drawing, _fit(rng, cell, image.width / image.height), tint, flips and rng.random() < 0.5)
-        )
+        box, flip = _fit(rng, cell, image.width / image.height), flips and rng.random() < 0.5
+        shade = (rng.uniform(0.7, 1.3), rng.uniform(0.8, 1.2)) if jitter else (1.0, 1.0)
+        things.append(Thing(concept, drawing, box, tint, flip, shade))
     hiding = (name for t in things for name in ((t.tint,) if t.tint else t.drawing.hidden_on))
     ground = background(rng, patterns, frozenset(hiding))
     return Scene(size, things=tuple(things), **ground)
@@ -156,6 +159,9 @@ def render(scene: Scene) -> Image.Image:
         image = image.resize((right - left, bottom - top), Image.Resampling.BILINEAR, reducing_gap=2.0)
         if thing.flip:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        if thing.shade != (1.0, 1.0):
+            saturation, brightness = thing.shade
+            image = ImageEnhance.Brightness(ImageEnhance.Color(image).enhance(saturation)).enhance(brightness)
         picture.paste(image, (left, top), image)
     for word in scene.words:
         _write(picture, word)

@@ -11,14 +11,16 @@ from random import Random
 from tinyllava.data.stamps import words
 from tinyllava.data.stamps.compose import BACKGROUNDS, QUADRANTS, Scene, compose
 from tinyllava.data.stamps.library import TINTS, library
-from tinyllava.data.stamps.questions import KINDS, Context, Question, caption, chat
+from tinyllava.data.stamps.questions import KINDS, Context, Question, caption, chat, in_words, spelling
 from tinyllava.data.stamps.tiers import Tier
 
 SINGLE = 0.4  # share of pictures with one thing, beyond its even share: a tower learns names from large things first
 TEXT_ONLY = 0.05  # share of instructions without a picture
 ASK_EXISTENCE = 0.5  # share of conversations that begin with existence questions
+WRITTEN = 0.15  # share of pictures with a word to read
 DESCRIBE = 0.08  # share of conversations that are a description
-PARTS = ("captions", "instructions", "validation", "test")
+SPELL = 0.1  # share of texts that are about spelling
+PARTS = ("captions", "instructions", "validation", "test", "texts")
 
 
 @dataclass(frozen=True)
@@ -39,8 +41,10 @@ def plan(tier: Tier, seed: int, part: str, count: int) -> Iterator[Planned]:
         name = f"{part}-{number:06d}"
         image = f"images/{name}.jpg"
         if part == "captions":
-            scene = sample(tier, rng, single=SINGLE)
+            scene = _word(tier, rng) if tier.texts and rng.random() < WRITTEN else sample(tier, rng, single=SINGLE)
             turns = [("<image>\nDescribe the picture.", caption(scene))]
+        elif part == "texts":
+            scene, turns = None, _written(tier, rng)
         elif rng.random() < TEXT_ONLY:
             scene, turns = None, chat(_context(tier), rng)
         else:
@@ -72,14 +76,15 @@ def sample(tier: Tier, rng: Random, single: float = 0.0, first: str | None = Non
         copies=copies,
         first=first,
         placed=rng.random() < 0.5,
+        jitter=tier.jitter,
     )
 
 
 def _conversation(tier: Tier, rng: Random) -> tuple[Scene, list[tuple[str, str]]]:
     """A scene and several questions about it, none of which could be answered from those before it."""
     context = _context(tier)
-    if "reading" in tier.kinds and rng.random() < 0.15:
-        scene = words.scene(rng, tier.size, tier.patterns, words.split(words.TRAIN), words.FONTS)
+    if "reading" in tier.kinds and rng.random() < WRITTEN:
+        scene = _word(tier, rng)
         kinds = ["reading", "background_colour"]
     else:
         scene = sample(tier, rng, single=SINGLE / 4)
@@ -97,6 +102,28 @@ def _conversation(tier: Tier, rng: Random) -> tuple[Scene, list[tuple[str, str]]
     if scene.things and (rng.random() < DESCRIBE or not turns):
         turns = [(rng.choice(["Describe the picture.", "What do you see?"]), caption(scene))]
     return scene, [(f"<image>\n{text}" if i == 0 else text, answer) for i, (text, answer) in enumerate(turns)]
+
+
+def _word(tier: Tier, rng: Random) -> Scene:
+    """A word to read in training: a name of the tier, so that the names of held-out concepts are not even read."""
+    known = tuple(word for word in words.split(words.TRAIN) if word in tier.concepts)
+    return words.scene(rng, tier.size, tier.patterns, known, words.FONTS)
+
+
+def _written(tier: Tier, rng: Random) -> list[tuple[str, str]]:
+    """What a language model learns before it sees: a conversation with words where the picture will be, or none.
+
+    It mostly ends with a description: copying many names is what teaches it to look one up.
+    """
+    if rng.random() < TEXT_ONLY:
+        return chat(_context(tier), rng)
+    if rng.random() < SPELL:
+        return spelling(_context(tier), rng)
+    scene, turns = _conversation(tier, rng)
+    if scene.things and len(turns) < tier.turns:
+        turns.append(("Describe the picture.", caption(scene)))
+    (text, answer), *others = turns
+    return [(text.replace("<image>", in_words(scene, rng)), answer), *others]
 
 
 def _wanted(kind: str, tier: Tier, rng: Random) -> str | None:

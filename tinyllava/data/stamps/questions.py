@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from random import Random
 
-from tinyllava.data.stamps.compose import QUADRANTS, Scene, Thing
+from tinyllava.data.stamps.compose import QUADRANTS, Box, Scene, Thing
 from tinyllava.data.stamps.library import library
 
 
@@ -181,6 +181,9 @@ def reading(scene: Scene, context: Context, rng: Random, want: str | None) -> Qu
 
 def caption(scene: Scene) -> str:
     """Everything that can be asked about the scene in one line: number, background, each thing with its place."""
+    if scene.words:
+        word = scene.words[0].text
+        return f"the word {' '.join(word)}, {word}, on a {scene.background} background."
     things = sorted(scene.things, key=lambda t: (QUADRANTS.index(q) if (q := scene.quadrant(t.box)) else 0, t.box))
     count = f"{len(things)} thing{'s' * (len(things) != 1)}"
     return f"{count} on a {scene.background} background: {', '.join(_described(scene, t) for t in things)}."
@@ -188,12 +191,41 @@ def caption(scene: Scene) -> str:
 
 def _described(scene: Scene, thing: Thing) -> str:
     """'a red balloon top left'."""
-    phrase = thing.concept.phrase
-    if thing.tint:
-        article = "" if thing.concept.noun != "count" else "an " if thing.tint[0] in "aeiou" else "a "
-        phrase = f"{article}{thing.tint} {thing.concept.name}"
     place = scene.quadrant(thing.box)
-    return f"{phrase} {place}" if place else phrase
+    return f"{_named(thing)} {place}" if place else _named(thing)
+
+
+def _named(thing: Thing) -> str:
+    """'a red balloon', 'scissors'."""
+    if not thing.tint:
+        return thing.concept.phrase
+    article = "" if thing.concept.noun != "count" else "an " if thing.tint[0] in "aeiou" else "a "
+    return f"{article}{thing.tint} {thing.concept.name}"
+
+
+def in_words(scene: Scene, rng: Random) -> str:
+    """The scene as a text that can stand where its picture would: what is where, in any order, nothing counted."""
+    found = [f"{_named(thing)} {_place(scene, thing.box)}" for thing in scene.things]
+    found += [f"the word {word.text}" for word in scene.words] + [f"{scene.background} background"]
+    return f"{', '.join(rng.sample(found, len(found)))}."
+
+
+def _place(scene: Scene, box: Box) -> str:
+    """A ninth of the picture: 'top left', 'middle', 'middle right'."""
+    half = scene.size / 2
+    row = "top" if box[3] <= half else "bottom" if box[1] >= half else "middle"
+    column = "left" if box[2] <= half else "right" if box[0] >= half else ""
+    return f"{row} {column}".strip()
+
+
+def spelling(context: Context, rng: Random) -> list[tuple[str, str]]:
+    """Three questions about letters, both ways."""
+    turns = []
+    for name in rng.sample([name for name in context.concepts if name.isalpha()], 3):
+        letters = " ".join(name)
+        turn = (f"How do you spell {name}?", letters) if rng.random() < 0.5 else (f"Which word is {letters}?", name)
+        turns.append(turn)
+    return turns
 
 
 def chat(context: Context, rng: Random) -> list[tuple[str, str]]:

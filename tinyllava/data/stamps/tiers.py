@@ -1,9 +1,9 @@
-"""The three sizes of the dataset: which concepts, how many of them in one picture, how many pictures.
+"""The three sizes of the dataset, and a corpus to pretrain parts on: which concepts, how many pictures, how full.
 
 What is held out of training is held out of every tier, so that a tower trained on `full` may be tested on `small`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tinyllava.data.stamps.library import library
 
@@ -53,6 +53,8 @@ class Tier:
     test: int
     turns: int  # questions in a conversation, at most
     kinds: dict[str, float]  # kind of question -> how often a conversation tries to ask one
+    texts: int = 0  # conversations about a picture in words
+    jitter: bool = False  # drawings in colours a little off their own
 
 
 ASKED = {
@@ -68,7 +70,7 @@ ASKED = {
 
 
 def tier(name: str) -> Tier:
-    """The tier of that name: tiny, small or full."""
+    """The tier of that name: tiny, small, full, or pretrain, which holds what `full` trains on and has no test."""
     if name == "tiny":
         return Tier(
             "tiny",
@@ -109,7 +111,7 @@ def tier(name: str) -> Tier:
             kinds={**ASKED, "multiple_choice": 1.0},
         )
     held_out = _names(HELD_OUT_SMALL) + _names(HELD_OUT_FULL)
-    return Tier(
+    full = Tier(
         "full",
         tuple(c for c in library().concepts if c not in held_out),
         held_out=held_out,
@@ -126,6 +128,10 @@ def tier(name: str) -> Tier:
         turns=8,
         kinds={**ASKED, "multiple_choice": 1.0, "reading": 1.0},
     )
+    if name == "full":
+        return full
+    pictures = {"fill": 0.55, "jitter": True, "captions": 60000, "instructions": 0}
+    return replace(full, name="pretrain", **pictures, texts=60000, validation=1000, test=0)
 
 
-TIERS = ("tiny", "small", "full")
+TIERS = ("tiny", "small", "full", "pretrain")

@@ -19,7 +19,7 @@ from tinyllava.data.stamps.plan import PARTS, Planned, answers, plan
 from tinyllava.data.stamps.tiers import TIERS, Tier, tier
 from tinyllava.errors import UserError
 
-VERSION = 1  # of questions and boxes: a change of either is a new version, in a folder of its own
+VERSION = 2  # of questions and boxes: a change of either is a new version, in a folder of its own
 QUALITY = 90  # of the JPEGs: 1.5 KB a picture of 64 px
 Progress = Callable[[int, int], None]
 
@@ -52,7 +52,8 @@ def prepare(
 
 def _write(folder: Path, tier: Tier, seed: int, scale: float, progress: Progress | None) -> None:
     (folder / "images").mkdir()
-    parts = {part: list(plan(tier, seed, part, max(8, round(getattr(tier, part) * scale)))) for part in PARTS}
+    counts = {part: max(8, round(getattr(tier, part) * scale)) for part in PARTS if getattr(tier, part)}
+    parts = {part: list(plan(tier, seed, part, count)) for part, count in counts.items()}
     _draw(folder, [planned for part in parts.values() for planned in part], progress)
     files = {}
     for part, planned in parts.items():
