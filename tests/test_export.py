@@ -62,7 +62,7 @@ def test_hf_has_a_card_with_recipe_and_scores_and_answers_as_before(
     (result,) = metadata["model-index"][0]["results"]
     assert result["metrics"] == [{"type": "F1", "value": 85.25}]
     assert "| POPE | F1 | 85.2 | 8,910 | evaluate.py 3df3ba1 |" in text
-    assert "| finetune |" in text and "llm lora" in text and "`CLIPVisionModel`" in text
+    assert "connector full, llm lora" in text and "`CLIPVisionModel`" in text
     assert "global_batch_size: 4" in text and "AutoModelForImageTextToText" in text and str(trained) not in text
 
 

@@ -10,6 +10,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from tinyllava.config import PARTS
 from tinyllava.data.template import Template
 from tinyllava.eval.results import RESULTS
 from tinyllava.eval.run import fingerprint
@@ -139,14 +140,15 @@ def _parts(
 
 def _stage(name: str, stage: Mapping[str, Any]) -> tuple[str, ...]:
     data = ", ".join(f"`{source['path']}`" for source in stage["data"])
+    tune = {"connector": {"tuning": {"full": {}}}, **stage.get("tune", {})}  # the defaults are not written
     tuned = [
         f"{part.replace('_', ' ')} {tuning}"
-        for part, how in stage.get("tune", {}).items()
-        for tuning in how["tuning"]
+        for part in PARTS
+        for tuning in tune.get(part, {"tuning": ["frozen"]})["tuning"]
         if tuning != "frozen"
     ]
     rate = stage.get("trainer", {}).get("learning_rate", "")
-    return (name, data, ", ".join(tuned) or "connector full", str(stage.get("global_batch_size", "")), str(rate))
+    return (name, data, ", ".join(tuned), str(stage.get("global_batch_size", "")), str(rate))
 
 
 def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
