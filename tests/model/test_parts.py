@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from gguf import GGUFWriter
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -35,9 +36,8 @@ def llama() -> LlamaForCausalLM:
 @pytest.fixture(scope="module")
 def gguf_file(llama: LlamaForCausalLM, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same Llama in a GGUF file, with a byte-level BPE tokenizer."""
-    library = pytest.importorskip("gguf")
     path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
-    writer = library.GGUFWriter(path, "llama")
+    writer = GGUFWriter(path, "llama")
     writer.add_context_length(128)
     writer.add_embedding_length(DIM)
     writer.add_block_count(2)
@@ -92,7 +92,6 @@ def test_a_gguf_file_that_is_not_there_or_is_none(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(gguf, "is_gguf_available", lambda: False)
     with pytest.raises(UserError, match=r"reading broken\.gguf needs .*tinyllava-factory\[gguf\]"):
         gguf.converted(broken)
-    pytest.importorskip("gguf")
     monkeypatch.undo()
     with pytest.raises(UserError, match=r"cannot read .*broken\.gguf as a GGUF model"):
         gguf.converted(broken)

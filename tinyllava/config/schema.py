@@ -87,7 +87,7 @@ class VisionTowerSpec(Strict):
 
 
 class Lacking(Strict):
-    """What a `checkpoint` of the original TinyLLaVA Factory may not carry (`model.legacy.read` says when)."""
+    """What a `checkpoint` may not carry: llava-hf's an exact template, the original's any (`model.legacy.read`)."""
 
     template: str | None = None
     image_processor: dict[str, Any] | None = None

@@ -60,8 +60,3 @@ class Collator:
         if any(skipped):
             batch["skipped"] = torch.tensor(skipped)
         return batch
-
-
-def padding_share(batch: dict[str, torch.Tensor]) -> float:
-    """The part of a batch's positions that are padding, 0 to 1."""
-    return 1 - batch["attention_mask"].float().mean().item()

@@ -92,41 +92,39 @@ def tier(name: str) -> Tier:
             kinds=ASKED,
         )
     patterns = ("plain", "gradient", "stripes", "dots")
+    small = Tier(
+        "small",
+        _names(TINY) + _names(SMALL),
+        held_out=_names(HELD_OUT_SMALL),
+        size=64,
+        most=4,
+        drawings=None,
+        flips=True,
+        fill=0.85,
+        patterns=patterns,
+        captions=16000,
+        instructions=20000,
+        validation=500,
+        test=200,
+        turns=8,
+        kinds={**ASKED, "multiple_choice": 1.0},
+    )
     if name == "small":
-        return Tier(
-            "small",
-            _names(TINY) + _names(SMALL),
-            held_out=_names(HELD_OUT_SMALL),
-            size=64,
-            most=4,
-            drawings=None,
-            flips=True,
-            fill=0.85,
-            patterns=patterns,
-            captions=16000,
-            instructions=20000,
-            validation=500,
-            test=200,
-            turns=8,
-            kinds={**ASKED, "multiple_choice": 1.0},
-        )
+        return small
     held_out = _names(HELD_OUT_SMALL) + _names(HELD_OUT_FULL)
-    full = Tier(
-        "full",
-        tuple(c for c in library().concepts if c not in held_out),
+    full = replace(
+        small,
+        name="full",
+        concepts=tuple(c for c in library().concepts if c not in held_out),
         held_out=held_out,
         size=128,
         most=6,
-        drawings=None,
-        flips=True,
         fill=0.75,
-        patterns=patterns,
         captions=40000,
         instructions=50000,
         validation=1000,
         test=240,
-        turns=8,
-        kinds={**ASKED, "multiple_choice": 1.0, "reading": 1.0},
+        kinds={**small.kinds, "reading": 1.0},
     )
     if name == "full":
         return full
