@@ -36,7 +36,7 @@ Overrides = Annotated[
     typer.Argument(metavar="KEY=VALUE", help="Replace values: stages.finetune.trainer.learning_rate=1e-4"),
 ]
 Checkpoint = Annotated[
-    str, typer.Argument(metavar="CHECKPOINT", help="A checkpoint, or a run such as runs/quickstart.")
+    str, typer.Argument(metavar="CHECKPOINT", help="A checkpoint, a run such as runs/quickstart, or nano.")
 ]
 Lacking = Annotated[
     list[str] | None,
@@ -172,12 +172,13 @@ def export(
     ],
     output_dir: Annotated[Path, typer.Option("--output", help="A directory that does not exist yet.")],
     push: Annotated[str | None, typer.Option(metavar="USER/NAME", help="Upload to this model on the Hub.")] = None,
+    dtype: Annotated[str, typer.Option(help="Of the weights: auto (as they are), float32, bfloat16, float16.")] = "auto",
     lacking: Lacking = None,
 ) -> None:
     """Write a checkpoint in another form."""
     from tinyllava.commands import export as forms
 
-    reason = forms.export(checkpoint, to, output_dir, push or output_dir.name, given(lacking))
+    reason = forms.export(checkpoint, to, output_dir, push or output_dir.name, dtype, given(lacking))
     if to == "split":
         for part in ("llm", "vision_tower", "connector"):
             output.print(f"{output_dir}/{part}", highlight=False, soft_wrap=True)

@@ -18,23 +18,26 @@ from tinyllava.factory import nearest
 from tinyllava.infer import find_checkpoint
 from tinyllava.model import checkpoint
 from tinyllava.model.adapter import has_adapter, merge
+from tinyllava.model.parts import DTYPES
 from tinyllava.model.split import write_split
 
 FORMS = ("merged", "hf", "split")
 
 
-def export(given: str, to: str, output: Path, name: str, lacking: Mapping[str, Any]) -> str | None:
+def export(given: str, to: str, output: Path, name: str, dtype: str, lacking: Mapping[str, Any]) -> str | None:
     """Write the checkpoint that `given` means into `output`; returns why the result is not plain llava, None if it is.
 
-    `name` is what the model card calls it. Raises UserError for an unknown form, an `output` that exists, or when there
-    is nothing to merge.
+    `name` is what the model card calls it, `dtype` what its weights are stored in. Raises UserError for an unknown form
+    or dtype, an `output` that exists, or when there is nothing to merge.
     """
+    if dtype not in DTYPES:
+        raise UserError(f"unknown dtype '{dtype}'{nearest(dtype, list(DTYPES))} Known: {', '.join(DTYPES)}.")
     if to not in FORMS:
         raise UserError(f"unknown form '{to}'{nearest(to, list(FORMS))} Known: {', '.join(FORMS)}.")
     if output.exists():
         raise UserError(f"{output} exists already. Choose another --output, or remove it.")
     source = find_checkpoint(given)
-    model, processor, template, record = checkpoint.load(source, **lacking)
+    model, processor, template, record = checkpoint.load(source, DTYPES[dtype], **lacking)
     run = {**record.get("run", {}), "exported_from": source.name}
     if has_adapter(model) or to == "merged":
         model = merge(model)

@@ -13,7 +13,8 @@ from tinyllava.config import NATIVE_TEMPLATE
 from tinyllava.factory import KINDS, Factory
 
 NOTES = {
-    "llms": "any other `AutoModelForCausalLM` works by its Hub id or path, without a file",
+    "llms": "any `AutoModelForCausalLM` works by its Hub id or path, without a file; `nano` comes with the package",
+    "vision_towers": "by Hub id or path; `nano` comes with the package",
     "templates": f"also `{NATIVE_TEMPLATE}`: the tokenizer's own; or a path to your .jinja",
     "recipes": "or a path to your .yaml",
     "benchmarks": "with variants such as vqav2-val (docs/evaluation.md); or a path to your .jsonl",

@@ -12,17 +12,20 @@ from huggingface_hub.errors import HFValidationError, HTTPError, LocalEntryNotFo
 
 from tinyllava.errors import UserError
 from tinyllava.model import checkpoint
-from tinyllava.model.parts import hub_answers
+from tinyllava.model.parts import NANO, hub_answers, located
 
 logger = logging.getLogger("tinyllava")
 
 
 def find_checkpoint(path: str | Path) -> Path:
-    """The checkpoint that `path` means: itself; a stage's final, else newest one; a run's last stage's; the Hub's.
+    """The checkpoint that `path` means: itself; a stage's final, else newest one; a run's last stage's; the Hub's; or
+    the one that comes with the package, `nano`.
 
     Half-written ones do not count. Raises UserError, with what was looked for, when there is none.
     """
     name, path = str(path), Path(path).expanduser()
+    if name == NANO:
+        return Path(located("model", NANO))
     if not path.is_dir():
         return from_hub(name)
     if (path / "config.json").is_file():
@@ -41,7 +44,7 @@ def find_checkpoint(path: str | Path) -> Path:
 
 def from_hub(name: str) -> Path:
     """The checkpoint that the Hub has under USER/NAME, downloaded once. Raises UserError when there is none."""
-    remedy = "Give a checkpoint, a run such as runs/quickstart, or USER/NAME of a model on the Hub."
+    remedy = "Give a checkpoint, a run such as runs/quickstart, USER/NAME of a model on the Hub, or nano."
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         raise UserError(f"{name} is no directory. {remedy}")
     try:

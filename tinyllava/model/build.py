@@ -10,6 +10,7 @@ import copy
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -39,6 +40,7 @@ from tinyllava.model.parts import (
     hub_answers,
     load_part,
     load_tokenizer,
+    located,
     own_families,
     part_config,
     tower_names,
@@ -161,7 +163,8 @@ def tower_images(spec: VisionTowerSpec, config: PreTrainedConfig) -> tuple[BaseI
     if spec.image_processor is not None:
         own = read_fields(spec.image_processor)
     elif spec.name is not None:
-        name, where = tower_names(spec.name)[0], {"local_files_only": not hub_answers()}
+        name = located("vision_tower", tower_names(spec.name)[0])
+        where = {"local_files_only": not Path(name).is_dir() and not hub_answers()}
         try:
             own = AutoImageProcessor.from_pretrained(name, backend="pil", **where).to_dict()
         except ImportError:  # DINOv3's needs torchvision: what its file says is all that we need

@@ -31,6 +31,10 @@ TOKENIZER_SAMPLES = 20_000  # enough for a small vocabulary, a few seconds to re
 FAMILIES = {"llm": "llms", "vision_tower": "vision_towers"}
 PART_NAMES = {"llm": "LLM", "vision_tower": "vision tower", "tokenizer": "tokenizer"}
 PART_KEYS = {"tokenizer": "llm.tokenizer"}
+PART_FOLDERS = {"tokenizer": "llm"}
+# Parts and a finished model that come with the package (docs/nano.md): nano/vision_tower, nano/llm, nano/model.
+NANO = "nano"
+NANO_FOLDER = Path(__file__).parents[1] / NANO
 DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -141,6 +145,7 @@ def fit_vocabulary(
 
 def found(part: str, name: str, load: Callable, **kwargs: Any) -> Any:
     """`load(name)`, with one clear line when neither a directory nor the Hub has it."""
+    name = located(part, name)
     if name.endswith(".gguf"):
         name = str(gguf.converted(Path(name).expanduser()))
     local = Path(name).is_dir()
@@ -154,6 +159,11 @@ def found(part: str, name: str, load: Callable, **kwargs: Any) -> Any:
             f"cannot load the {PART_NAMES[part]} '{name}': {reason}."
             f" Give a local directory: model.{PART_KEYS.get(part, part)}=/path/to/{name.rstrip('/').rsplit('/', 1)[-1]}"
         ) from None
+
+
+def located(part: str, name: str) -> str:
+    """Where the part `name` lies: `nano` in the package, anything else where it says (`./nano` is your own folder)."""
+    return str(NANO_FOLDER / PART_FOLDERS.get(part, part)) if name == NANO else name
 
 
 @cache

@@ -18,7 +18,7 @@ from tinyllava.config import DataSpec, ModelSpec, Recipe
 from tinyllava.errors import UserError
 from tinyllava.model import checkpoint
 from tinyllava.model.build import build, default_template
-from tinyllava.model.parts import config_of, tower_names
+from tinyllava.model.parts import config_of, located, tower_names
 from tinyllava.train.stage import training_samples
 
 # The family of a part, by how its Hub id, file or folder begins: those that the recipes in this package name.
@@ -80,7 +80,7 @@ def small_model(spec: ModelSpec, recipe: Recipe) -> tuple[dict[str, Any], list[s
     """The `model` section with stand-ins for the parts that are not here, and a line about each."""
     made, said = spec.model_dump(exclude_unset=True), []
     llm = spec.llm.name
-    if llm is not None and not Path(llm).exists():
+    if llm is not None and not Path(located("llm", llm)).exists():
         fields = small("llm", family(llm, LLMS, "LLM"), depth(spec, recipe, "llm"))
         made["llm"] = {"config": fields, "tokenizer": {"vocab_size": VOCABULARY}}
         said.append(f"LLM {llm}: random {described(fields)}, with a BPE of {VOCABULARY} entries")
@@ -88,7 +88,7 @@ def small_model(spec: ModelSpec, recipe: Recipe) -> tuple[dict[str, Any], list[s
             made["template"] = "plain"
             said.append("template native: plain, for that tokenizer has no chat template")
     names = tower_names(spec.vision_tower.name) if spec.vision_tower.name else []
-    if not all(Path(name).is_dir() for name in names):
+    if not all(Path(located("vision_tower", name)).is_dir() for name in names):
         layers = depth(spec, recipe, "vision_tower")
         towers = [small("vision_tower", family(name, TOWERS, "vision tower"), layers) for name in names]
         fields = towers[0] if len(towers) == 1 else {"model_type": "mof", "first": towers[0], "second": towers[1]}

@@ -186,16 +186,22 @@ def _ground(scene: Scene) -> Image.Image:
     return picture
 
 
+def ink(word: Word) -> Box:
+    """Where the word stands in its box: as large as fits, in the middle."""
+    left, top, right, bottom = font(word.font).getbbox(word.text)
+    x0, y0, x1, y1 = word.box
+    scale = min((x1 - x0) / (right - left), (y1 - y0) / (bottom - top))
+    width, height = max(1, round((right - left) * scale)), max(1, round((bottom - top) * scale))
+    x, y = x0 + (x1 - x0 - width) // 2, y0 + (y1 - y0 - height) // 2
+    return x, y, x + width, y + height
+
+
 def _write(picture: Image.Image, word: Word) -> None:
     """Write at a large size, then shrink into the box: no font's metrics decide where the word is."""
     letters = font(word.font)
     left, top, right, bottom = letters.getbbox(word.text)
     mask = Image.new("L", (right - left, bottom - top))
     ImageDraw.Draw(mask).text((-left, -top), word.text, font=letters, fill=255)
-    x0, y0, x1, y1 = word.box
-    scale = min((x1 - x0) / mask.width, (y1 - y0) / mask.height)
-    mask = mask.resize(
-        (max(1, round(mask.width * scale)), max(1, round(mask.height * scale))), Image.Resampling.LANCZOS
-    )
-    at = (x0 + (x1 - x0 - mask.width) // 2, y0 + (y1 - y0 - mask.height) // 2)
-    picture.paste((20, 20, 20) if word.dark else (245, 245, 245), (*at, at[0] + mask.width, at[1] + mask.height), mask)
+    x0, y0, x1, y1 = box = ink(word)
+    mask = mask.resize((x1 - x0, y1 - y0), Image.Resampling.LANCZOS)
+    picture.paste((20, 20, 20) if word.dark else (245, 245, 245), box, mask)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from random import Random
 
-from tinyllava.data.stamps import words
+from tinyllava.data.stamps import patches, words
 from tinyllava.data.stamps.compose import BACKGROUNDS, QUADRANTS, Scene, compose
 from tinyllava.data.stamps.library import TINTS, library
 from tinyllava.data.stamps.questions import KINDS, Context, Question, caption, chat, in_words, spelling
@@ -20,6 +20,10 @@ ASK_EXISTENCE = 0.5  # share of conversations that begin with existence question
 WRITTEN = 0.15  # share of pictures with a word to read
 DESCRIBE = 0.08  # share of conversations that are a description
 SPELL = 0.1  # share of texts that are about spelling
+RASTER = (
+    0.75  # share of the others that have a word for each patch where the picture will be, not a list of what is there
+)
+INVENTED = 0.6  # share of the words to read that are no words, in `pretrain`
 PARTS = ("captions", "instructions", "validation", "test", "texts")
 
 
@@ -41,7 +45,7 @@ def plan(tier: Tier, seed: int, part: str, count: int) -> Iterator[Planned]:
         name = f"{part}-{number:06d}"
         image = f"images/{name}.jpg"
         if part == "captions":
-            scene = _word(tier, rng) if tier.texts and rng.random() < WRITTEN else sample(tier, rng, single=SINGLE)
+            scene = sample(tier, rng, single=SINGLE)
             turns = [("<image>\nDescribe the picture.", caption(scene))]
         elif part == "texts":
             scene, turns = None, _written(tier, rng)
@@ -84,7 +88,7 @@ def _conversation(tier: Tier, rng: Random) -> tuple[Scene, list[tuple[str, str]]
     """A scene and several questions about it, none of which could be answered from those before it."""
     context = _context(tier)
     if "reading" in tier.kinds and rng.random() < WRITTEN:
-        scene = _word(tier, rng)
+        scene = word(tier, rng)
         kinds = ["reading", "background_colour"]
     else:
         scene = sample(tier, rng, single=SINGLE / 4)
@@ -104,10 +108,11 @@ def _conversation(tier: Tier, rng: Random) -> tuple[Scene, list[tuple[str, str]]
     return scene, [(f"<image>\n{text}" if i == 0 else text, answer) for i, (text, answer) in enumerate(turns)]
 
 
-def _word(tier: Tier, rng: Random) -> Scene:
+def word(tier: Tier, rng: Random) -> Scene:
     """A word to read in training: a name of the tier, so that the names of held-out concepts are not even read."""
     known = tuple(word for word in words.split(words.TRAIN) if word in tier.concepts)
-    return words.scene(rng, tier.size, tier.patterns, known, words.FONTS)
+    text = words.invented(rng, known) if tier.texts and rng.random() < INVENTED else rng.choice(known)
+    return words.scene(rng, tier.size, tier.patterns, (text,), words.FONTS)
 
 
 def _written(tier: Tier, rng: Random) -> list[tuple[str, str]]:
@@ -122,8 +127,9 @@ def _written(tier: Tier, rng: Random) -> list[tuple[str, str]]:
     scene, turns = _conversation(tier, rng)
     if scene.things and len(turns) < tier.turns:
         turns.append(("Describe the picture.", caption(scene)))
+    seen = patches.raster(scene) if rng.random() < RASTER else in_words(scene, rng)
     (text, answer), *others = turns
-    return [(text.replace("<image>", in_words(scene, rng)), answer), *others]
+    return [(text.replace("<image>", seen), answer), *others]
 
 
 def _wanted(kind: str, tier: Tier, rng: Random) -> str | None:

@@ -96,14 +96,14 @@ def tier(name: str) -> Tier:
         "small",
         _names(TINY) + _names(SMALL),
         held_out=_names(HELD_OUT_SMALL),
-        size=64,
+        size=96,
         most=4,
         drawings=None,
         flips=True,
         fill=0.85,
         patterns=patterns,
-        captions=16000,
-        instructions=20000,
+        captions=8000,
+        instructions=16000,
         validation=500,
         test=200,
         turns=8,
@@ -128,8 +128,8 @@ def tier(name: str) -> Tier:
     )
     if name == "full":
         return full
-    pictures = {"fill": 0.55, "jitter": True, "captions": 60000, "instructions": 0}
-    return replace(full, name="pretrain", **pictures, texts=60000, validation=1000, test=0)
+    parts = {"captions": 0, "instructions": 0, "validation": 0, "test": 0, "texts": 100000}
+    return replace(full, name="pretrain", fill=0.55, jitter=True, **parts)
 
 
 TIERS = ("tiny", "small", "full", "pretrain")

@@ -19,7 +19,7 @@ from tinyllava.data.stamps.plan import PARTS, Planned, answers, plan
 from tinyllava.data.stamps.tiers import TIERS, Tier, tier
 from tinyllava.errors import UserError
 
-VERSION = 2  # of questions and boxes: a change of either is a new version, in a folder of its own
+VERSION = 3  # of questions and boxes: a change of either is a new version, in a folder of its own
 QUALITY = 90  # of the JPEGs: 1.5 KB a picture of 64 px
 Progress = Callable[[int, int], None]
 
@@ -63,17 +63,24 @@ def _write(folder: Path, tier: Tier, seed: int, scale: float, progress: Progress
         files[file] = _put(folder / file, text, len(lines))
     lines = list(_boxes(parts))
     files["boxes.jsonl"] = _put(folder / "boxes.jsonl", "\n".join(lines) + "\n", len(lines))
-    reading = "reading" in tier.kinds
-    manifest = {
-        "dataset": "stamps",
-        "tier": tier.name,
+    manifest = facts(tier) | {
         "seed": seed,
-        "version": VERSION,
         "size": tier.size,
         "scale": scale,
         "pictures": sum(p.scene is not None for part in parts.values() for p in part),
         "files": files,
         "categories": list(answers(tier)),
+    }
+    _put(folder / "manifest.json", json.dumps(manifest, indent=1) + "\n", 1)
+
+
+def facts(tier: Tier) -> dict:
+    """What is shown and written in a tier, and what never is: the part of a manifest that every seed shares."""
+    reading = "reading" in tier.kinds
+    return {
+        "dataset": "stamps",
+        "version": VERSION,
+        "tier": tier.name,
         "concepts": list(tier.concepts),
         "held_out": {
             "concepts": list(tier.held_out),
@@ -81,7 +88,6 @@ def _write(folder: Path, tier: Tier, seed: int, scale: float, progress: Progress
             "fonts": list(words.HELD_OUT_FONTS) if reading else [],
         },
     }
-    _put(folder / "manifest.json", json.dumps(manifest, indent=1) + "\n", 1)
 
 
 def _put(path: Path, text: str, records: int) -> dict:
