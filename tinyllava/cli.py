@@ -172,7 +172,9 @@ def export(
     ],
     output_dir: Annotated[Path, typer.Option("--output", help="A directory that does not exist yet.")],
     push: Annotated[str | None, typer.Option(metavar="USER/NAME", help="Upload to this model on the Hub.")] = None,
-    dtype: Annotated[str, typer.Option(help="Of the weights: auto (as they are), float32, bfloat16, float16.")] = "auto",
+    dtype: Annotated[
+        str, typer.Option(help="Of the weights: auto (as they are), float32, bfloat16, float16.")
+    ] = "auto",
     lacking: Lacking = None,
 ) -> None:
     """Write a checkpoint in another form."""

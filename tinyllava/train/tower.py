@@ -1,6 +1,6 @@
 """Pretrain a vision tower on stamps, so that there is one to start from where no hub can be reached.
 
-    python -m tinyllava.train.tower runs/nano-tower           # the tower that comes with the package, README.md beside it
+    python -m tinyllava.train.tower runs/nano-tower
     tinyllava look quickstart model.vision_tower=runs/nano-tower
 
 A contrast of patches with words, as CLIP contrasts pictures with captions: every patch of a picture that was composed a
@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from transformers import SiglipVisionConfig, SiglipVisionModel, TrainingArguments
@@ -50,6 +51,8 @@ CONFIG = {
 PICTURES = 512_000
 BATCH = 64
 SIZES = (56, 128)  # pixels a side that pictures are composed at, before they are made the tower's size
+MANIFEST = "manifest.json"
+WHOLE = "tower_and_words.safetensors"  # to go on from; a recipe needs the other files only
 CHECKED = 2_000  # pictures that accuracy is measured on: composed like the others, never trained on
 
 
@@ -80,8 +83,9 @@ class PatchWords(nn.Module):
 class Pictures(IterableDataset):
     """Pictures composed as they are asked for, no two alike: {"pixels", "described"}."""
 
-    def __init__(self, tier: Tier, config: SiglipVisionConfig, part: str, count: int):
+    def __init__(self, tier: Tier, config: SiglipVisionConfig, part: str, count: int, written: float = WRITTEN):
         self.tier, self.side, self.part, self.count = tier, config.image_size, part, count
+        self.written = written
         self.grid = config.image_size // config.patch_size
         self.vocabulary = patches.vocabulary(tier.concepts)
 
@@ -97,7 +101,7 @@ class Pictures(IterableDataset):
     def scene(self, rng: Random) -> Scene:
         """Things on a background, or a word to read: one of the tier's, or an invented one."""
         tier = replace(self.tier, size=rng.randint(*SIZES), fill=rng.uniform(0.55, 0.9))
-        if rng.random() >= WRITTEN:
+        if rng.random() >= self.written:
             return sample(tier, rng, single=SINGLE / 2)
         return word(tier, rng)
 
@@ -117,14 +121,19 @@ def accuracy(model: PatchWords, pictures: Pictures) -> dict[str, float]:
     return {sort: round(float(100 * r / t), 1) for sort, r, t in zip(pictures.vocabulary, right, told, strict=True)}
 
 
-def pretrain(output: Path, count: int = PICTURES, seed: int = 0) -> dict[str, float]:
-    """Train a tower on `count` pictures, save it in `output` and return its accuracy for each sort of words."""
+def pretrain(
+    output: Path, count: int = PICTURES, written: float = WRITTEN, start: Path | None = None, seed: int = 0
+) -> dict[str, float]:
+    """Train a tower on `count` pictures, of which a share `written` are words to read; save it in `output` and return
+    its accuracy for each sort of words. `start`: go on from what another run of this left there."""
     transformers.set_seed(seed)
     config, known = SiglipVisionConfig(**CONFIG), tier(TIER)
     gpu = torch.cuda.is_available()
     # On a CPU torch's fused attention takes longer in bf16 than all the rest of a step.
     tower = SiglipVisionModel._from_config(config, attn_implementation="sdpa" if gpu else "eager")
     model = PatchWords(tower, patches.vocabulary(known.concepts))
+    if start:
+        model.load_state_dict(load_file(start / WHOLE))
     args = TrainingArguments(
         output_dir=str(output / "checkpoints"),
         max_steps=count // BATCH,
@@ -145,13 +154,18 @@ def pretrain(output: Path, count: int = PICTURES, seed: int = 0) -> dict[str, fl
         remove_unused_columns=False,
         seed=seed,
     )
-    trainer = transformers.Trainer(model, args, train_dataset=Pictures(known, config, "train", count + BATCH))
+    trainer = transformers.Trainer(
+        model, args, train_dataset=Pictures(known, config, f"train{seed or ''}", count + BATCH, written)
+    )
     trainer.train()
     found = accuracy(model, Pictures(known, config, "check", CHECKED))
+    save_file(model.state_dict(), output / WHOLE)
     tower.to(torch.float16).save_pretrained(output)
     llava_image_processor(VisionTower.image_processor(config), config.image_size, "processor").save_pretrained(output)
-    manifest = {**facts(known), "pictures": count, "seed": seed, "accuracy": found}
-    (output / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    before = json.loads((start / MANIFEST).read_text(encoding="utf-8"))["runs"] if start else []
+    runs = [*before, {"pictures": count, "written": written, "seed": seed}]
+    manifest = {**facts(known), "runs": runs, "accuracy": found}
+    (output / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
     return found
 
 
@@ -159,5 +173,8 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("output", type=Path)
     parser.add_argument("--pictures", type=int, default=PICTURES)
+    parser.add_argument("--written", type=float, default=WRITTEN, help="the share of pictures with a word to read")
+    parser.add_argument("--start", type=Path, metavar="DIR", help="go on from what an earlier run left there")
+    parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    print(pretrain(options.output, options.pictures))
+    print(pretrain(options.output, options.pictures, options.written, options.start, options.seed))

@@ -1,0 +1,99 @@
+"""Pretraining a tower: what it learns from, that it learns, and that what it saves is a part like any other."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModel, SiglipVisionConfig, SiglipVisionModel, set_seed
+
+from tests.conftest import tiny_model
+from tinyllava.config import ModelSpec
+from tinyllava.data.stamps import patches, tier
+from tinyllava.model.build import build
+from tinyllava.train import tower
+from tinyllava.train.tower import PatchWords, Pictures
+
+SMALL = {**tower.CONFIG, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small tower after a few steps, by the command's own function."""
+    output = tmp_path_factory.mktemp("tower")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tower, "CONFIG", SMALL)
+        patch.setattr(tower, "CHECKED", 64)
+        tower.pretrain(output, count=4 * tower.BATCH)
+    return output
+
+
+def test_pictures_are_the_same_for_everybody_and_never_those_of_another_part() -> None:
+    size, config = tier("tiny"), SiglipVisionConfig(**SMALL)
+    one, again = (list(Pictures(size, config, "train", 6)) for _ in range(2))
+    other = list(Pictures(size, config, "check", 6))
+    for a, b, c in zip(one, again, other, strict=True):
+        assert a["pixels"].shape == (3, 96, 96) and a["pixels"].dtype == np.uint8
+        assert (a["pixels"] == b["pixels"]).all() and (a["described"] == b["described"]).all()
+        assert (a["pixels"] != c["pixels"]).any()
+
+
+def test_the_loss_compares_a_patch_with_the_words_of_each_sort_and_leaves_unknown_ones_out() -> None:
+    set_seed(0)
+    known = {"name": ("nothing", "cat", "dog"), "colour": ("red", "blue")}
+    model = PatchWords(SiglipVisionModel(SiglipVisionConfig(**SMALL)), known)
+    pixels = torch.randint(0, 256, (2, 3, 96, 96), dtype=torch.uint8)
+    described = torch.full((2, 2, 36), patches.UNKNOWN)
+    described[0, 0, 5], described[1, 0, 7], described[1, 1, 7] = 1, 2, 0
+    name, colour = (scores.log_softmax(-1) for scores in model.scores(pixels))
+    wanted = -(name[5, 1] + name[36 + 7, 2]) / 2 - colour[36 + 7, 0]
+    torch.testing.assert_close(model(pixels, described)["loss"], wanted)
+    described[1, 1, 7] = patches.UNKNOWN  # nobody's colour is known
+    torch.testing.assert_close(model(pixels, described)["loss"], -(name[5, 1] + name[36 + 7, 2]) / 2)
+
+
+def test_it_learns_names_and_backgrounds() -> None:
+    set_seed(0)
+    size, config = tier("tiny"), SiglipVisionConfig(**SMALL)
+    model = PatchWords(SiglipVisionModel._from_config(config), patches.vocabulary(size.concepts))
+    optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
+    pictures = list(Pictures(size, config, "train", 64))
+    batch = {key: torch.from_numpy(np.stack([one[key] for one in pictures])) for key in pictures[0]}
+    losses = []
+    for _ in range(30):
+        loss = model(**batch)["loss"]
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < 0.6 * losses[0]
+
+
+def test_what_is_saved_is_a_part_of_a_recipe(trained: Path) -> None:
+    loaded = AutoModel.from_pretrained(trained, dtype=torch.float32)
+    assert type(loaded) is SiglipVisionModel and loaded.config.image_size == 96
+    spec = tiny_model(vision_tower={"name": str(trained), "feature_layer": -1})
+    model, processor, _ = build(ModelSpec.model_validate(spec | {"dtype": "float32"}))
+    for name, weight in model.model.vision_tower.state_dict().items():
+        torch.testing.assert_close(weight, loaded.state_dict()[name], rtol=0, atol=0)
+    assert processor.tokens_per_image == 36
+
+
+def test_the_manifest_says_what_it_saw(trained: Path) -> None:
+    manifest, size = json.loads((trained / "manifest.json").read_text()), tier("pretrain")
+    assert manifest["runs"] == [{"pictures": 4 * tower.BATCH, "written": 0.15, "seed": 0}]
+    assert manifest["concepts"] == list(size.concepts)
+    assert manifest["held_out"]["concepts"] == list(size.held_out)
+    assert set(manifest["accuracy"]) == set(patches.vocabulary(size.concepts))
+
+
+def test_a_run_goes_on_from_another(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tower, "CONFIG", SMALL)
+    monkeypatch.setattr(tower, "CHECKED", 64)
+    tower.pretrain(tmp_path, 2 * tower.BATCH, written=0.5, start=trained, seed=1)
+    before, after = (load_file(folder / tower.WHOLE) for folder in (trained, tmp_path))
+    moved = max((before[name] - after[name]).abs().max() for name in before)
+    assert 0 < moved < 1e-4  # two steps of a warming-up rate
+    assert json.loads((tmp_path / "manifest.json").read_text())["runs"][1]["written"] == 0.5
