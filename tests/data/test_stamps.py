@@ -6,6 +6,7 @@ import re
 from collections import Counter, defaultdict
 from dataclasses import replace
 from pathlib import Path
+from random import Random
 
 import numpy as np
 import pytest
@@ -15,7 +16,8 @@ from tinyllava.data.sample import Sample
 from tinyllava.data.stamps import TIERS, prepare, tier, write
 from tinyllava.data.stamps.compose import BACKGROUNDS, render
 from tinyllava.data.stamps.library import TINTS, library
-from tinyllava.data.stamps.plan import answers, plan
+from tinyllava.data.stamps.plan import answers, plan, sample
+from tinyllava.data.stamps.questions import Context, relation, roll_call
 from tinyllava.data.stamps.words import FONTS, HELD_OUT, HELD_OUT_FONTS, TRAIN, split
 from tinyllava.errors import UserError
 
@@ -173,11 +175,54 @@ def test_texts_say_what_is_where_and_name_nothing_held_out():
                 else:
                     assert re.search(rf"\b{asked[1]} {answer}\b", seen)
     assert spelled > 100 and 1000 < rasters < 1500
-    assert len(placed) > 100 and np.mean(placed) > 0.97  # a pen may be too thin to be most of any patch
+    assert len(placed) > 60 and np.mean(placed) > 0.97  # a pen may be too thin to be most of any patch
+
+
+def test_a_roll_call_says_of_each_name_what_the_scene_does():
+    size, rng, seen = tier("full"), Random(0), Counter()
+    for _ in range(1500):
+        scene = sample(size, rng)
+        turn = roll_call(scene, Context(size.concepts, size.most), rng)
+        if turn is None:
+            continue
+        question, answer = turn
+        form, _, names = question.removesuffix("?").partition(": ")
+        names, count = names.split(", "), Counter(t.concept.name for t in scene.things)
+        where = {t.concept.name: t for t in scene.unique()}
+        said = dict(zip(names, answer.removesuffix(".").split(", "), strict=True))
+        said = {name: told.removeprefix(f"{name} ") for name, told in said.items()}
+        assert len(set(names)) == len(names) and not set(names) & set(size.held_out)
+        seen[form.split(" the ")[0]] += 1
+        if form.startswith("Which of these"):
+            assert said == {name: "yes" if count[name] else "no" for name in names}
+        elif form.startswith("How many"):
+            assert said == {name: str(count[name]) for name in names}
+        elif form.startswith("In which corner"):
+            assert said == {name: scene.quadrant(where[name].box) for name in names}
+        elif form.startswith("What colour"):
+            assert said == {name: where[name].tint for name in names}
+        else:
+            other = where[form.partition(" the ")[2]]
+            assert all(said[name] in relation(where[name], other) for name in names)
+    assert len(seen) == 6 and min(seen.values()) > 30
+
+
+def test_lists_name_nothing_held_out_and_have_every_answer_in_them():
+    size = tier("pretrain")
+    held = re.compile(rf"\b({'|'.join(name for name in size.held_out if name != 'scooter')})\b")
+    for planned in plan(size, 0, "lists", 500):
+        question, answer = (turn["value"] for turn in planned.record["conversations"])
+        assert planned.scene is None and not held.search(f"{question} {answer}")
+        listed = question.partition("\n")[0]
+        if "Which of these" in question:
+            for told in answer.removesuffix(".").split(", "):
+                name, _, yes = told.rpartition(" ")
+                there = re.search(rf"(^|, )(an? )?(\w+ )?{re.escape(name)}( (top|middle|bottom)|[,.])", listed)
+                assert (yes == "yes") == bool(there), (listed, told)
 
 
 def test_jitter_changes_colours_and_nothing_else():
-    scene = next(p.scene for p in plan(tier("pretrain"), 0, "captions", 50) if p.scene.things)
+    scene = sample(tier("pretrain"), Random(0))
     assert scene.things[0].shade != (1.0, 1.0)
     calm = replace(scene, things=tuple(replace(t, shade=(1.0, 1.0)) for t in scene.things))
     changed = np.any(np.asarray(render(scene)) != np.asarray(render(calm)), axis=2)

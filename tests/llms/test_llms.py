@@ -7,13 +7,14 @@ import torch
 from tokenizers import ByteLevelBPETokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from tests.conftest import SIGLIP
+from tests.conftest import LLAMA, SIGLIP, tiny_model
 from tests.llms.tiny_llms import LLMS
-from tests.tiny_session import WORDS
+from tests.tiny_session import WORDS, corpus
 from tinyllava.config import ModelSpec
 from tinyllava.errors import UserError
 from tinyllava.factory import Factory
 from tinyllava.model.build import build, default_template, head_of
+from tinyllava.model.split import write_llm
 
 HEADS = {  # what stands between the last hidden state and the logits, where it is not a plain linear layer
     "phi": {"head_bias": True, "head_scale": 1.0},
@@ -104,3 +105,18 @@ def test_the_template_when_none_is_named(family: str) -> None:
     wanted = OWN_TEMPLATES.get(config.model_type, "native")
     assert default_template(config) == wanted
     assert wanted == "native" or wanted in Factory("templates").names()
+
+
+def test_a_family_may_say_what_random_weights_begin_as(tmp_path: Path) -> None:
+    """And only these: a model that is loaded keeps its own."""
+    spec = {"name": None, "config": {**LLAMA, "num_key_value_heads": 4}, "family": "tinyllava.llms.llama:Copying"}
+    model, processor, _ = build(ModelSpec.model_validate(tiny_model() | {"llm": {**spec, "tokenizer": {}}}), corpus)
+    heads = [layer.self_attn for layer in model.model.language_model.layers]
+    assert all(torch.equal(head.k_proj.weight, head.q_proj.weight) for head in heads)
+    assert all(torch.equal(head.o_proj.weight, head.v_proj.weight.T) for head in heads)
+    heads[0].k_proj.weight.data.zero_()
+    write_llm(model, tmp_path)
+    processor.tokenizer.save_pretrained(tmp_path)
+    again = {"name": str(tmp_path), "family": spec["family"]}
+    loaded, _, _ = build(ModelSpec.model_validate(tiny_model() | {"llm": again}))
+    assert not loaded.model.language_model.layers[0].self_attn.k_proj.weight.any()

@@ -93,6 +93,9 @@ def load_part(
 
     if empty or spec.config is not None:
         model = auto.from_config(config, **kwargs)
+        initialize = getattr(Factory(FAMILIES[part]).get(spec.family), "initialize", None) if spec.family else None
+        if initialize and not empty:
+            initialize(model)
     elif spec.name.startswith("mof:"):
         with torch.device("meta"):
             model = auto.from_config(config, **kwargs)

@@ -11,7 +11,7 @@ from random import Random
 from tinyllava.data.stamps import patches, words
 from tinyllava.data.stamps.compose import BACKGROUNDS, QUADRANTS, Scene, compose
 from tinyllava.data.stamps.library import TINTS, library
-from tinyllava.data.stamps.questions import KINDS, Context, Question, caption, chat, in_words, spelling
+from tinyllava.data.stamps.questions import KINDS, Context, Question, caption, chat, in_words, roll_call, spelling
 from tinyllava.data.stamps.tiers import Tier
 
 SINGLE = 0.4  # share of pictures with one thing, beyond its even share: a tower learns names from large things first
@@ -24,7 +24,7 @@ RASTER = (
     0.75  # share of the others that have a word for each patch where the picture will be, not a list of what is there
 )
 INVENTED = 0.6  # share of the words to read that are no words, in `pretrain`
-PARTS = ("captions", "instructions", "validation", "test", "texts")
+PARTS = ("captions", "instructions", "validation", "test", "lists", "texts")
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,8 @@ def plan(tier: Tier, seed: int, part: str, count: int) -> Iterator[Planned]:
         if part == "captions":
             scene = sample(tier, rng, single=SINGLE)
             turns = [("<image>\nDescribe the picture.", caption(scene))]
+        elif part == "lists":
+            scene, turns = None, [_list(tier, rng)]
         elif part == "texts":
             scene, turns = None, _written(tier, rng)
         elif rng.random() < TEXT_ONLY:
@@ -94,6 +96,8 @@ def _conversation(tier: Tier, rng: Random) -> tuple[Scene, list[tuple[str, str]]
         scene = sample(tier, rng, single=SINGLE / 4)
         kinds = [k for k, w in tier.kinds.items() if k != "reading" for _ in range(int(w + rng.random()))]
         rng.shuffle(kinds)
+    if scene.things and tier.rolls and rng.random() < tier.rolls and (turn := roll_call(scene, context, rng)):
+        return scene, [(f"<image>\n{turn[0]}", turn[1])]
     found = _existence(scene, context, rng) if rng.random() < ASK_EXISTENCE else []
     told = {fact for question in found for fact in question.asks}
     for kind in kinds:
@@ -113,6 +117,16 @@ def word(tier: Tier, rng: Random) -> Scene:
     known = tuple(word for word in words.split(words.TRAIN) if word in tier.concepts)
     text = words.invented(rng, known) if tier.texts and rng.random() < INVENTED else rng.choice(known)
     return words.scene(rng, tier.size, tier.patterns, (text,), words.FONTS)
+
+
+def _list(tier: Tier, rng: Random) -> tuple[str, str]:
+    """The first thing a language model learns: to look up each of several names in a list, which is the shortest text
+    that one can be looked up in. What it learns later is slow until it can."""
+    turn = None
+    while turn is None:
+        scene = sample(tier, rng)
+        turn = roll_call(scene, _context(tier), rng) if len(scene.things) > 1 else None
+    return f"{in_words(scene, rng)}\n{turn[0]}", turn[1]
 
 
 def _written(tier: Tier, rng: Random) -> list[tuple[str, str]]:

@@ -179,6 +179,40 @@ def reading(scene: Scene, context: Context, rng: Random, want: str | None) -> Qu
     return Question(text, scene.words[0].text, "reading", ("word",))
 
 
+def roll_call(scene: Scene, context: Context, rng: Random) -> tuple[str, str] | None:
+    """One question about each of several things, answered in the order in which they were named: 'cat yes, dog no.'
+
+    A short answer says one bit about one thing; this says as many as there are names, and each of them only to who
+    looks up its name in the picture. From short answers alone a small model does not learn to.
+    """
+    present = list(dict.fromkeys(t.concept.name for t in scene.things))
+    near = set().union(*(library().near(name) for name in present))
+    absent = rng.sample([name for name in context.concepts if name not in near], rng.randint(1, 4))
+    known = scene.unique()
+    form = rng.choice(["existence", "counting", "quadrant", "spatial", "colour"])
+    if form == "counting" and all(t.concept.countable for t in scene.things):
+        asked = "How many of each are there"
+        found = {name: str(sum(t.concept.name == name for t in scene.things)) for name in present + absent}
+    elif form == "quadrant":
+        asked = "In which corner is each of these"
+        found = {t.concept.name: place for t in known if (place := scene.quadrant(t.box))}
+    elif form == "spatial" and len(known) > 1:
+        other, sides = rng.choice(known), rng.choice([("left", "right"), ("above", "below")])
+        asked = f"Is each of these {sides[0]} {'or' if sides[0] == 'above' else 'of or'} {sides[1]}"
+        asked += f"{'' if sides[0] == 'above' else ' of'} the {other.concept.name}"
+        found = {t.concept.name: r for t in known if t is not other for r in relation(t, other) if r in sides}
+    elif form == "colour":
+        asked = "What colour is each of these"
+        found = {t.concept.name: t.tint for t in known if t.tint}
+    else:
+        asked = "Which of these are in the picture"
+        found = {name: "yes" if name in present else "no" for name in present + absent}
+    if not found:
+        return None
+    names = rng.sample(list(found), len(found))
+    return f"{asked}: {', '.join(names)}?", f"{', '.join(f'{name} {found[name]}' for name in names)}."
+
+
 def caption(scene: Scene) -> str:
     """Everything that can be asked about the scene in one line: number, background, each thing with its place."""
     if scene.words:

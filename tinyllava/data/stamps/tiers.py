@@ -53,6 +53,8 @@ class Tier:
     test: int
     turns: int  # questions in a conversation, at most
     kinds: dict[str, float]  # kind of question -> how often a conversation tries to ask one
+    rolls: float = 0.0  # share of conversations that ask the same about several things
+    lists: int = 0  # lists of what is in a picture, each with one question about several things
     texts: int = 0  # conversations about a picture in words
     jitter: bool = False  # drawings in colours a little off their own
 
@@ -108,6 +110,7 @@ def tier(name: str) -> Tier:
         test=200,
         turns=8,
         kinds={**ASKED, "multiple_choice": 1.0},
+        rolls=0.3,
     )
     if name == "small":
         return small
@@ -128,8 +131,8 @@ def tier(name: str) -> Tier:
     )
     if name == "full":
         return full
-    parts = {"captions": 0, "instructions": 0, "validation": 0, "test": 0, "texts": 100000}
-    return replace(full, name="pretrain", fill=0.55, jitter=True, **parts)
+    parts = {"captions": 0, "instructions": 0, "validation": 0, "test": 0, "lists": 32000, "texts": 32000}
+    return replace(full, name="pretrain", fill=0.55, jitter=True, rolls=0.5, **parts)
 
 
 TIERS = ("tiny", "small", "full", "pretrain")
