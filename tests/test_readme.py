@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import yaml
-from PIL import Image
 
 from tinyllava.config import Recipe, load_recipe
 from tinyllava.data.stamps import prepare
@@ -38,7 +37,7 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "stamps").symlink_to(small, target_is_directory=True)
     (folder / "my_data.json").write_text((small / "instructions.json").read_text())
     (folder / "my_pictures").symlink_to(small, target_is_directory=True)
-    Image.new("RGB", (80, 60), "green").save(folder / "cat.png")
+    (folder / "docs").symlink_to(ROOT / "docs", target_is_directory=True)
     return folder
 
 
@@ -70,6 +69,7 @@ def test_the_readme_runs_from_top_to_bottom(desk: Path) -> None:
     for name in ("metrics.jsonl", "curve.png", "final/config.json"):
         assert (desk / "runs" / "quickstart" / "finetune" / name).is_file()
     assert (desk / "runs" / "quickstart" / "eval" / "stamps" / "samples.html").is_file()
+    assert shown["tinyllava chat nano docs/stamps.png"].strip()
     (code,) = blocks("python")
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], cwd=desk, capture_output=True, text=True, env=environment)

@@ -23,7 +23,9 @@ SPELL = 0.1  # share of texts that are about spelling
 RASTER = (
     0.75  # share of the others that have a word for each patch where the picture will be, not a list of what is there
 )
-INVENTED = 0.6  # share of the words to read that are no words, in `pretrain`
+INVENTED = 0.6  # share of the words to read that are no words
+ROLLS = 0.8  # share of lists that are asked about several names at once
+SHORT = ("existence", "counting", "quadrant", "spatial", "colour")  # what the others are asked
 PARTS = ("captions", "instructions", "validation", "test", "lists", "texts")
 
 
@@ -48,7 +50,7 @@ def plan(tier: Tier, seed: int, part: str, count: int) -> Iterator[Planned]:
             scene = sample(tier, rng, single=SINGLE)
             turns = [("<image>\nDescribe the picture.", caption(scene))]
         elif part == "lists":
-            scene, turns = None, [_list(tier, rng)]
+            scene, turns = None, _list(tier, rng)
         elif part == "texts":
             scene, turns = None, _written(tier, rng)
         elif rng.random() < TEXT_ONLY:
@@ -115,18 +117,21 @@ def _conversation(tier: Tier, rng: Random) -> tuple[Scene, list[tuple[str, str]]
 def word(tier: Tier, rng: Random) -> Scene:
     """A word to read in training: a name of the tier, so that the names of held-out concepts are not even read."""
     known = tuple(word for word in words.split(words.TRAIN) if word in tier.concepts)
-    text = words.invented(rng, known) if tier.texts and rng.random() < INVENTED else rng.choice(known)
+    text = words.invented(rng, known) if rng.random() < INVENTED else rng.choice(known)
     return words.scene(rng, tier.size, tier.patterns, (text,), words.FONTS)
 
 
-def _list(tier: Tier, rng: Random) -> tuple[str, str]:
-    """The first thing a language model learns: to look up each of several names in a list, which is the shortest text
-    that one can be looked up in. What it learns later is slow until it can."""
+def _list(tier: Tier, rng: Random) -> list[tuple[str, str]]:
+    """The first thing a language model learns: to look up names in a list, which is the shortest text that one can be
+    looked up in. What it learns later is slow until it can."""
     turn = None
     while turn is None:
         scene = sample(tier, rng)
-        turn = roll_call(scene, _context(tier), rng) if len(scene.things) > 1 else None
-    return f"{in_words(scene, rng)}\n{turn[0]}", turn[1]
+        if len(scene.things) > 1 and rng.random() < ROLLS:
+            turn = roll_call(scene, _context(tier), rng)
+        elif question := KINDS[rng.choice(SHORT)](scene, _context(tier), rng, None):
+            turn = question.text, question.answer
+    return [(f"{in_words(scene, rng)}\n{turn[0]}", turn[1])]
 
 
 def _written(tier: Tier, rng: Random) -> list[tuple[str, str]]:

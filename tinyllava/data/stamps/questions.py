@@ -180,16 +180,18 @@ def reading(scene: Scene, context: Context, rng: Random, want: str | None) -> Qu
 
 
 def roll_call(scene: Scene, context: Context, rng: Random) -> tuple[str, str] | None:
-    """One question about each of several things, answered in the order in which they were named: 'cat yes, dog no.'
+    """One question about each of several things, answered in the order in which they were named: 'cat yes, dog no.',
+    or where it says so without the names: 'yes, no.'
 
     A short answer says one bit about one thing; this says as many as there are names, and each of them only to who
-    looks up its name in the picture. From short answers alone a small model does not learn to.
+    looks up its name in the picture. With the names the model has just said what it looks up; without them it has to
+    find that in the question first, as for any other answer.
     """
     present = list(dict.fromkeys(t.concept.name for t in scene.things))
     near = set().union(*(library().near(name) for name in present))
     absent = rng.sample([name for name in context.concepts if name not in near], rng.randint(1, 4))
     known = scene.unique()
-    form = rng.choice(["existence", "counting", "quadrant", "spatial", "colour"])
+    form = rng.choices(["existence", "counting", "quadrant", "spatial", "colour"], [2, 1, 3, 2, 1])[0]
     if form == "counting" and all(t.concept.countable for t in scene.things):
         asked = "How many of each are there"
         found = {name: str(sum(t.concept.name == name for t in scene.things)) for name in present + absent}
@@ -210,6 +212,8 @@ def roll_call(scene: Scene, context: Context, rng: Random) -> tuple[str, str] | 
     if not found:
         return None
     names = rng.sample(list(found), len(found))
+    if rng.random() < 0.5:
+        return f"{asked}: {', '.join(names)}? Answer in order.", f"{', '.join(found[name] for name in names)}."
     return f"{asked}: {', '.join(names)}?", f"{', '.join(f'{name} {found[name]}' for name in names)}."
 
 

@@ -131,7 +131,7 @@ def tier(name: str) -> Tier:
     )
     if name == "full":
         return full
-    parts = {"captions": 0, "instructions": 0, "validation": 0, "test": 0, "lists": 32000, "texts": 32000}
+    parts = {"captions": 0, "instructions": 0, "validation": 0, "test": 0, "lists": 64000, "texts": 32000}
     return replace(full, name="pretrain", fill=0.55, jitter=True, rolls=0.5, **parts)
 
 
