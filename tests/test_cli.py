@@ -20,7 +20,7 @@ SURFACE = {  # growth is a decision: a new verb or option is added here, with a 
     "chat": ["checkpoint", "images", "--prompt", "--temperature", "--max-new-tokens", "--lacking"],
     "eval": ["checkpoint", "--tasks", "--data", "--output", "--judge", "--compare", "--lacking"],
     "score": ["task", "--answers", "--data", "--output", "--allow-partial", "--judge"],
-    "export": ["checkpoint", "--to", "--output", "--push", "--lacking"],
+    "export": ["checkpoint", "--to", "--output", "--push", "--dtype", "--lacking"],
     "list": ["kind"],
     "data check": ["source", "--images"],
     "data prepare": ["names", "--root", "--check"],

@@ -15,7 +15,7 @@ from tinyllava.data.sources import Source, llava_json
 from tinyllava.errors import UserError
 
 TIERS = ("tiny", "small", "full", "pretrain")
-PARTS = ("captions", "instructions", "validation", "lists", "texts")
+PARTS = ("captions", "instructions", "validation", "lists", "questions", "texts")
 PATH = re.compile(rf"stamps:({'|'.join(TIERS)})/({'|'.join(PARTS)})")
 SEED = 0  # one dataset for everybody, so that scores compare
 

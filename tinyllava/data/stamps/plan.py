@@ -24,9 +24,8 @@ RASTER = (
     0.75  # share of the others that have a word for each patch where the picture will be, not a list of what is there
 )
 INVENTED = 0.6  # share of the words to read that are no words
-ROLLS = 0.8  # share of lists that are asked about several names at once
-SHORT = ("existence", "counting", "quadrant", "spatial", "colour")  # what the others are asked
-PARTS = ("captions", "instructions", "validation", "test", "lists", "texts")
+SHORT = ("existence", "counting", "quadrant", "spatial", "colour")  # what is asked about one thing in a list
+PARTS = ("captions", "instructions", "validation", "test", "lists", "questions", "texts")
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,9 @@ def plan(tier: Tier, seed: int, part: str, count: int) -> Iterator[Planned]:
             scene = sample(tier, rng, single=SINGLE)
             turns = [("<image>\nDescribe the picture.", caption(scene))]
         elif part == "lists":
-            scene, turns = None, _list(tier, rng)
+            scene, turns = None, _list(tier, rng, single=0, named=1)
+        elif part == "questions":
+            scene, turns = None, _list(tier, rng, single=0.4, named=0.5)
         elif part == "texts":
             scene, turns = None, _written(tier, rng)
         elif rng.random() < TEXT_ONLY:
@@ -121,14 +122,14 @@ def word(tier: Tier, rng: Random) -> Scene:
     return words.scene(rng, tier.size, tier.patterns, (text,), words.FONTS)
 
 
-def _list(tier: Tier, rng: Random) -> list[tuple[str, str]]:
-    """The first thing a language model learns: to look up names in a list, which is the shortest text that one can be
-    looked up in. What it learns later is slow until it can."""
+def _list(tier: Tier, rng: Random, single: float, named: float) -> list[tuple[str, str]]:
+    """What a language model learns first: to look up names in a list, which is the shortest text that one can be looked
+    up in. `single`: the share of questions about one thing; `named`: of the answers to the others, those with names."""
     turn = None
     while turn is None:
         scene = sample(tier, rng)
-        if len(scene.things) > 1 and rng.random() < ROLLS:
-            turn = roll_call(scene, _context(tier), rng)
+        if rng.random() >= single:
+            turn = roll_call(scene, _context(tier), rng, named) if len(scene.things) > 1 else None
         elif question := KINDS[rng.choice(SHORT)](scene, _context(tier), rng, None):
             turn = question.text, question.answer
     return [(f"{in_words(scene, rng)}\n{turn[0]}", turn[1])]

@@ -179,13 +179,13 @@ def reading(scene: Scene, context: Context, rng: Random, want: str | None) -> Qu
     return Question(text, scene.words[0].text, "reading", ("word",))
 
 
-def roll_call(scene: Scene, context: Context, rng: Random) -> tuple[str, str] | None:
+def roll_call(scene: Scene, context: Context, rng: Random, named: float = 0.5) -> tuple[str, str] | None:
     """One question about each of several things, answered in the order in which they were named: 'cat yes, dog no.',
     or where it says so without the names: 'yes, no.'
 
     A short answer says one bit about one thing; this says as many as there are names, and each of them only to who
-    looks up its name in the picture. With the names the model has just said what it looks up; without them it has to
-    find that in the question first, as for any other answer.
+    looks up its name in the picture. With the names (a share `named`) the model has just said what it looks up; without
+    them it has to find that in the question first, as for any other answer.
     """
     present = list(dict.fromkeys(t.concept.name for t in scene.things))
     near = set().union(*(library().near(name) for name in present))
@@ -212,7 +212,7 @@ def roll_call(scene: Scene, context: Context, rng: Random) -> tuple[str, str] | 
     if not found:
         return None
     names = rng.sample(list(found), len(found))
-    if rng.random() < 0.5:
+    if rng.random() >= named:
         return f"{asked}: {', '.join(names)}? Answer in order.", f"{', '.join(found[name] for name in names)}."
     return f"{asked}: {', '.join(names)}?", f"{', '.join(f'{name} {found[name]}' for name in names)}."
 

@@ -54,7 +54,8 @@ class Tier:
     turns: int  # questions in a conversation, at most
     kinds: dict[str, float]  # kind of question -> how often a conversation tries to ask one
     rolls: float = 0.0  # share of conversations that ask the same about several things
-    lists: int = 0  # lists of what is in a picture, each with one question about several things
+    lists: int = 0  # lists of what is in a picture, each with one question about several things, answered by name
+    questions: int = 0  # such lists with questions of all sorts
     texts: int = 0  # conversations about a picture in words
     jitter: bool = False  # drawings in colours a little off their own
 
@@ -131,7 +132,15 @@ def tier(name: str) -> Tier:
     )
     if name == "full":
         return full
-    parts = {"captions": 0, "instructions": 0, "validation": 0, "test": 0, "lists": 64000, "texts": 32000}
+    parts = {
+        "captions": 0,
+        "instructions": 0,
+        "validation": 0,
+        "test": 0,
+        "lists": 32000,
+        "questions": 24000,
+        "texts": 32000,
+    }
     return replace(full, name="pretrain", fill=0.55, jitter=True, rolls=0.5, **parts)
 
 
