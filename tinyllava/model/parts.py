@@ -87,6 +87,7 @@ def load_part(
             own["key_mapping"] = {r"^vision_tower\.": ""}
         with quiet():
             model, info = found(part, name, auto.from_pretrained, **own)
+        model.config.name_or_path = name  # `nano`, and not where the package lies on this machine
         if absent := sorted(info["missing_keys"]):
             logger.warning("%s lacks %d weights, which start random: %s ...", name, len(absent), ", ".join(absent[:3]))
         return model
