@@ -177,4 +177,6 @@ if __name__ == "__main__":
     parser.add_argument("--start", type=Path, metavar="DIR", help="go on from what an earlier run left there")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
+    if options.start and not (options.start / WHOLE).is_file():
+        parser.error(f"{options.start} has no {WHOLE}: give the output of an earlier run of this command.")
     print(pretrain(options.output, options.pictures, options.written, options.start, options.seed))
