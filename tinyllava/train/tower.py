@@ -13,7 +13,6 @@ Shapes: I pictures, P patches, S sorts of words, W words of all sorts, Dv tower 
 
 import argparse
 import json
-import logging
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -29,6 +28,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from transformers import SiglipVisionConfig, SiglipVisionModel, TrainingArguments
 
+from tinyllava.console import output
 from tinyllava.data.stamps import patches
 from tinyllava.data.stamps.compose import Scene, render
 from tinyllava.data.stamps.plan import SINGLE, WRITTEN, sample, word
@@ -37,7 +37,6 @@ from tinyllava.data.stamps.write import facts
 from tinyllava.model.image_processor import llava_image_processor
 from tinyllava.vision_towers.siglip import VisionTower
 
-logger = logging.getLogger("tinyllava")
 TIER = "pretrain"
 CONFIG = {
     "hidden_size": 192,
@@ -179,4 +178,4 @@ if __name__ == "__main__":
     options = parser.parse_args()
     if options.start and not (options.start / WHOLE).is_file():
         parser.error(f"{options.start} has no {WHOLE}: give the output of an earlier run of this command.")
-    print(pretrain(options.output, options.pictures, options.written, options.start, options.seed))
+    output.print(pretrain(options.output, options.pictures, options.written, options.start, options.seed))
