@@ -37,10 +37,26 @@ def test_a_patch_is_told_what_is_there_and_nothing_where_it_is_not_certain() -> 
     assert (name[:3, :3] == "cat").all() and (name[:3, 3:] == "nothing").all() and (name[5, 4:] == "balloon").all()
     assert found["name"].count("cat") == 9 and found["name"].count("nothing") == 25
     assert found["kind"].count("animal") == 9 and found["colour"].count("red") == 2
-    assert set(found["background"]) == {"blue"}
+    assert set(found["background"]) == {"blue"} and set(found["things"]) == {"two"}
+    assert found["corner"].count("top left") == 9 and found["corner"].count("bottom right") == 2
+    assert {*zip(found["column"], found["row"], found["count"], strict=True)} == {
+        ("column 2", "row 2", "one"),  # the middle of the cat is at 24, of the balloon at 78, 88
+        ("column 5", "row 6", "one"),
+        (None, None, None),
+    }
     assert found["part"][:3] == ["top left", "top middle", "top right"] and found["part"][12] == "bottom left"
     half = Scene(96, things=(thing("cat", (0, 0, 20, 16)),), **GROUND)  # a quarter of the second patch
     assert told(half)["name"][:3] == ["cat", None, "nothing"]
+
+
+def test_a_patch_is_told_how_many_there_are_of_its_thing() -> None:
+    boxes = [(0, 0, 32, 32), (64, 0, 96, 32), (0, 64, 32, 96)]
+    scene = Scene(96, things=(*(thing("cat", box) for box in boxes[:2]), thing("balloon", boxes[2], "red")), **GROUND)
+    found = told(scene)
+    counts = {(name, count) for name, count in zip(found["name"], found["count"], strict=True) if count}
+    assert counts == {("cat", "two"), ("balloon", "one")} and set(found["things"]) == {"three"}
+    between = told(Scene(96, things=(thing("cat", (32, 0, 64, 32)),), **GROUND))
+    assert set(between["corner"]) == {None} and set(between["column"]) == {"column 4", None}
 
 
 def test_a_raster_says_each_thing_in_its_place() -> None:

@@ -1,12 +1,13 @@
 """Pretraining a tower: what it learns from, that it learns, and that what it saves is a part like any other."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModel, SiglipVisionConfig, SiglipVisionModel, set_seed
 
 from tests.conftest import tiny_model
@@ -97,3 +98,19 @@ def test_a_run_goes_on_from_another(trained: Path, tmp_path: Path, monkeypatch: 
     moved = max((before[name] - after[name]).abs().max() for name in before)
     assert 0 < moved < 1e-4  # two steps of a warming-up rate
     assert json.loads((tmp_path / "manifest.json").read_text())["runs"][1]["written"] == 0.5
+
+
+def test_sorts_of_words_that_an_earlier_run_was_not_told_begin_at_random(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tower, "CONFIG", SMALL)
+    monkeypatch.setattr(tower, "CHECKED", 64)
+    earlier = tmp_path / "earlier"
+    shutil.copytree(trained, earlier)
+    known = load_file(trained / tower.WHOLE)
+    save_file({name: weight for name, weight in known.items() if ".count." not in name}, earlier / tower.WHOLE)
+    tower.pretrain(tmp_path / "later", tower.BATCH, start=earlier, seed=1)
+    later = load_file(tmp_path / "later" / tower.WHOLE)
+    moved = {name: (known[name] - later[name]).abs().max() for name in known}
+    assert moved.pop("words.count.weight") > 0.01 and moved.pop("words.count.bias") > 0.01
+    assert max(moved.values()) < 1e-4

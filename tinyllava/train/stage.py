@@ -51,7 +51,7 @@ FINAL = "final"
 START = "start"
 # Parameters below which a second CPU thread does not pay: it saved 7 % of the time for 0.9 M (perf/README.md, Threads).
 # The other core then reads data.
-SMALL = 20_000_000
+SMALL = 3_000_000
 
 
 @dataclass

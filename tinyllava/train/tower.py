@@ -61,14 +61,15 @@ class PatchWords(nn.Module):
 
     def __init__(self, tower: SiglipVisionModel, vocabulary: dict[str, tuple[str, ...]]):
         super().__init__()
-        self.tower, self.sizes = tower, [len(known) for known in vocabulary.values()]
-        self.norm = nn.LayerNorm(tower.config.hidden_size)
-        self.words = nn.Linear(tower.config.hidden_size, sum(self.sizes))
+        width = tower.config.hidden_size
+        self.tower, self.norm = tower, nn.LayerNorm(width)
+        self.words = nn.ModuleDict({sort: nn.Linear(width, len(known)) for sort, known in vocabulary.items()})
 
     def scores(self, pixels: Tensor) -> list[Tensor]:
         """uint8 [I, 3, H, W] -> for each sort [I * P, words of the sort]."""
         features = self.tower(pixels / 127.5 - 1, output_hidden_states=True).hidden_states[-1]
-        return self.words(self.norm(features)).flatten(0, 1).split(self.sizes, dim=-1)
+        patches = self.norm(features).flatten(0, 1)
+        return [words(patches) for words in self.words.values()]
 
     def forward(self, pixels: Tensor, described: Tensor) -> dict[str, Tensor]:
         """`described` is [I, S, P]. A sort that no patch of the batch is told a word of counts nothing."""
@@ -109,7 +110,7 @@ class Pictures(IterableDataset):
 def accuracy(model: PatchWords, pictures: Pictures) -> dict[str, float]:
     """Percent of the patches that are told a word of a sort whose nearest word it is."""
     model.eval()
-    right, told = torch.zeros(len(model.sizes)), torch.zeros(len(model.sizes))
+    right, told = torch.zeros(len(model.words)), torch.zeros(len(model.words))
     device = next(model.parameters()).device
     for batch in DataLoader(pictures, batch_size=BATCH):
         wanted = batch["described"].transpose(0, 1).flatten(1)
@@ -132,7 +133,8 @@ def pretrain(
     tower = SiglipVisionModel._from_config(config, attn_implementation="sdpa" if gpu else "eager")
     model = PatchWords(tower, patches.vocabulary(known.concepts))
     if start:
-        model.load_state_dict(load_file(start / WHOLE))
+        # Sorts of words that the earlier run was not told begin at random.
+        model.load_state_dict(model.state_dict() | load_file(start / WHOLE))
     args = TrainingArguments(
         output_dir=str(output / "checkpoints"),
         max_steps=count // BATCH,

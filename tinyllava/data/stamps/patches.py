@@ -3,7 +3,8 @@ what its LLM reads where pictures will be (`raster`).
 
 A caption says all of a picture in one line, and a tower must find out which word is where. Here every patch of a G x G
 grid is told its own words: what is there (or nothing), what kind of thing that is, its colour, which part of the thing
-the patch shows, the letters written in it, and the colour of the background.
+the patch shows, where in the picture the thing is, how many there are of it and of all, the letters written in the
+patch, and the colour of the background.
 """
 
 from collections.abc import Iterable
@@ -12,7 +13,7 @@ from itertools import cycle, islice
 import numpy as np
 
 from tinyllava.data.stamps import words
-from tinyllava.data.stamps.compose import BACKGROUNDS, Scene, Word
+from tinyllava.data.stamps.compose import BACKGROUNDS, QUADRANTS, Scene, Word
 from tinyllava.data.stamps.library import TINTS, library
 
 GRID = 6  # patches a side of the nano tower
@@ -21,6 +22,8 @@ COVERED = 0.4  # share of a patch that a thing must take to be what is there; un
 BARE = 0.12
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 LETTER_SORTS = ("letter on the left", "letter on the right")
+COUNTS = ("one", "two", "three", "four", "five", "six")
+COLUMNS, ROWS = (tuple(f"{side} {n}" for n in range(1, GRID + 1)) for side in ("column", "row"))
 PLACES = tuple(f"{row} {column}" for row in ("top", "middle", "bottom") for column in ("left", "middle", "right"))
 
 
@@ -33,6 +36,11 @@ def vocabulary(concepts: Iterable[str]) -> dict[str, tuple[str, ...]]:
         "kind": kinds,
         "colour": tuple(TINTS),
         "part": PLACES,
+        "corner": QUADRANTS,
+        "column": COLUMNS,  # of the middle of the thing
+        "row": ROWS,
+        "count": COUNTS,  # of things of this name
+        "things": COUNTS,
         "background": tuple(BACKGROUNDS),
         **dict.fromkeys(LETTER_SORTS, ("nothing", *LETTERS)),
     }
@@ -42,6 +50,8 @@ def described(scene: Scene, grid: int, vocabulary: dict[str, tuple[str, ...]]) -
     """int64 [sorts, grid * grid]: the index of each patch's word of each sort, patches in raster order, or UNKNOWN."""
     found = {sort: np.full((grid, grid), UNKNOWN) for sort in vocabulary}
     found["background"][:] = vocabulary["background"].index(scene.background)
+    if scene.things:
+        found["things"][:] = len(scene.things) - 1
     owners, bare = covered(scene, grid)
     middles = (np.arange(grid) + 0.5) * scene.size / grid
     for number, thing in enumerate(scene.things):
@@ -55,6 +65,11 @@ def described(scene: Scene, grid: int, vocabulary: dict[str, tuple[str, ...]]) -
         across = np.clip((middles - left) / (right - left) * 3, 0, 2).astype(int)
         down = np.clip((middles - top) / (bottom - top) * 3, 0, 2).astype(int)
         found["part"][on] = (3 * down[:, None] + across)[on]
+        if corner := scene.quadrant(thing.box):
+            found["corner"][on] = QUADRANTS.index(corner)
+        found["column"][on] = (left + right) * GRID // (2 * scene.size)
+        found["row"][on] = (top + bottom) * GRID // (2 * scene.size)
+        found["count"][on] = sum(t.concept.name == thing.concept.name for t in scene.things) - 1
     found["name"][bare] = 0
     for half, sort in enumerate(LETTER_SORTS):
         for word in scene.words:

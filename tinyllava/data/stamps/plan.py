@@ -11,7 +11,17 @@ from random import Random
 from tinyllava.data.stamps import patches, words
 from tinyllava.data.stamps.compose import BACKGROUNDS, QUADRANTS, Scene, compose
 from tinyllava.data.stamps.library import TINTS, library
-from tinyllava.data.stamps.questions import KINDS, Context, Question, caption, chat, in_words, roll_call, spelling
+from tinyllava.data.stamps.questions import (
+    KINDS,
+    ROLLS,
+    Context,
+    Question,
+    caption,
+    chat,
+    in_words,
+    roll_call,
+    spelling,
+)
 from tinyllava.data.stamps.tiers import Tier
 
 SINGLE = 0.4  # share of pictures with one thing, beyond its even share: a tower learns names from large things first
@@ -24,7 +34,15 @@ RASTER = (
     0.75  # share of the others that have a word for each patch where the picture will be, not a list of what is there
 )
 INVENTED = 0.6  # share of the words to read that are no words
-SHORT = ("existence", "counting", "quadrant", "spatial", "colour")  # what is asked about one thing in a list
+SHORT = (
+    "existence",
+    "counting",
+    "quadrant",
+    "spatial",
+    "colour",
+    "multiple_choice",
+)  # what is asked about one thing in a list
+LOOKED_UP = {"existence": 1, "quadrant": 1, "choices": 1}  # what can be copied from a list
 PARTS = ("captions", "instructions", "validation", "test", "lists", "questions", "texts")
 
 
@@ -49,7 +67,7 @@ def plan(tier: Tier, seed: int, part: str, count: int) -> Iterator[Planned]:
             scene = sample(tier, rng, single=SINGLE)
             turns = [("<image>\nDescribe the picture.", caption(scene))]
         elif part == "lists":
-            scene, turns = None, _list(tier, rng, single=0, named=1)
+            scene, turns = None, _list(tier, rng, single=0, named=1, forms=LOOKED_UP)
         elif part == "questions":
             scene, turns = None, _list(tier, rng, single=0.4, named=0.5)
         elif part == "texts":
@@ -122,14 +140,14 @@ def word(tier: Tier, rng: Random) -> Scene:
     return words.scene(rng, tier.size, tier.patterns, (text,), words.FONTS)
 
 
-def _list(tier: Tier, rng: Random, single: float, named: float) -> list[tuple[str, str]]:
+def _list(tier: Tier, rng: Random, single: float, named: float, forms: dict[str, int] = ROLLS) -> list[tuple[str, str]]:
     """What a language model learns first: to look up names in a list, which is the shortest text that one can be looked
     up in. `single`: the share of questions about one thing; `named`: of the answers to the others, those with names."""
     turn = None
     while turn is None:
         scene = sample(tier, rng)
         if rng.random() >= single:
-            turn = roll_call(scene, _context(tier), rng, named) if len(scene.things) > 1 else None
+            turn = roll_call(scene, _context(tier), rng, named, forms) if len(scene.things) > 1 else None
         elif question := KINDS[rng.choice(SHORT)](scene, _context(tier), rng, None):
             turn = question.text, question.answer
     return [(f"{in_words(scene, rng)}\n{turn[0]}", turn[1])]

@@ -179,7 +179,13 @@ def reading(scene: Scene, context: Context, rng: Random, want: str | None) -> Qu
     return Question(text, scene.words[0].text, "reading", ("word",))
 
 
-def roll_call(scene: Scene, context: Context, rng: Random, named: float = 0.5) -> tuple[str, str] | None:
+# How often each form of a roll call is chosen; where the scene does not fit one, existence is asked.
+ROLLS = {"existence": 2, "counting": 1, "quadrant": 3, "spatial": 2, "colour": 1, "choices": 2}
+
+
+def roll_call(
+    scene: Scene, context: Context, rng: Random, named: float = 0.5, forms: dict[str, int] = ROLLS
+) -> tuple[str, str] | None:
     """One question about each of several things, answered in the order in which they were named: 'cat yes, dog no.',
     or where it says so without the names: 'yes, no.'
 
@@ -191,7 +197,9 @@ def roll_call(scene: Scene, context: Context, rng: Random, named: float = 0.5) -
     near = set().union(*(library().near(name) for name in present))
     absent = rng.sample([name for name in context.concepts if name not in near], rng.randint(1, 4))
     known = scene.unique()
-    form = rng.choices(["existence", "counting", "quadrant", "spatial", "colour"], [2, 1, 3, 2, 1])[0]
+    form = rng.choices(list(forms), list(forms.values()))[0]
+    if form == "choices":
+        return _choices(present, absent, rng, named)
     if form == "counting" and all(t.concept.countable for t in scene.things):
         asked = "How many of each are there"
         found = {name: str(sum(t.concept.name == name for t in scene.things)) for name in present + absent}
@@ -215,6 +223,19 @@ def roll_call(scene: Scene, context: Context, rng: Random, named: float = 0.5) -
     if rng.random() >= named:
         return f"{asked}: {', '.join(names)}? Answer in order.", f"{', '.join(found[name] for name in names)}."
     return f"{asked}: {', '.join(names)}?", f"{', '.join(f'{name} {found[name]}' for name in names)}."
+
+
+def _choices(present: list[str], absent: list[str], rng: Random, named: float) -> tuple[str, str]:
+    """A multiple choice with one to three right answers: 'A, C.', or of each letter 'A yes, B no, C yes.'"""
+    right = rng.sample(present, rng.randint(1, min(3, len(present))))
+    names = rng.sample([*right, *absent], len(right) + len(absent))
+    letters = dict(zip("ABCDEFG", names, strict=False))
+    offer = " ".join(f"{letter}. {name}" for letter, name in letters.items())
+    if rng.random() < named:
+        said = [f"{letter} {'yes' if name in right else 'no'}" for letter, name in letters.items()]
+        return f"Which of these are in the picture? {offer} Answer yes or no for each letter.", f"{', '.join(said)}."
+    said = [letter for letter, name in letters.items() if name in right]
+    return f"Which of these are in the picture? {offer} Answer with the letters.", f"{', '.join(said)}."
 
 
 def caption(scene: Scene) -> str:

@@ -137,9 +137,9 @@ def tier(name: str) -> Tier:
         "instructions": 0,
         "validation": 0,
         "test": 0,
-        "lists": 32000,
-        "questions": 24000,
-        "texts": 32000,
+        "lists": 40000,
+        "questions": 36000,
+        "texts": 24000,
     }
     return replace(full, name="pretrain", fill=0.55, jitter=True, rolls=0.5, **parts)
 

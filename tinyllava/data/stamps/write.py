@@ -19,7 +19,7 @@ from tinyllava.data.stamps.plan import PARTS, Planned, answers, plan
 from tinyllava.data.stamps.tiers import TIERS, Tier, tier
 from tinyllava.errors import UserError
 
-VERSION = 3  # of questions and boxes: a change of either is a new version, in a folder of its own
+VERSION = 4  # of questions and boxes: a change of either is a new version, in a folder of its own
 QUALITY = 90  # of the JPEGs: 1.5 KB a picture of 64 px
 Progress = Callable[[int, int], None]
 
