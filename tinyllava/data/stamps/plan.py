@@ -13,12 +13,12 @@ from tinyllava.data.stamps.compose import BACKGROUNDS, QUADRANTS, Scene, compose
 from tinyllava.data.stamps.library import TINTS, library
 from tinyllava.data.stamps.questions import (
     KINDS,
-    ROLLS,
     Context,
     Question,
     caption,
     chat,
     in_words,
+    looked_up,
     roll_call,
     spelling,
 )
@@ -42,7 +42,6 @@ SHORT = (
     "colour",
     "multiple_choice",
 )  # what is asked about one thing in a list
-LOOKED_UP = {"existence": 1, "quadrant": 1, "choices": 1}  # what can be copied from a list
 PARTS = ("captions", "instructions", "validation", "test", "lists", "questions", "texts")
 
 
@@ -67,9 +66,9 @@ def plan(tier: Tier, seed: int, part: str, count: int) -> Iterator[Planned]:
             scene = sample(tier, rng, single=SINGLE)
             turns = [("<image>\nDescribe the picture.", caption(scene))]
         elif part == "lists":
-            scene, turns = None, _list(tier, rng, single=0, named=1, forms=LOOKED_UP)
+            scene, turns = None, [looked_up(_context(tier), rng)]
         elif part == "questions":
-            scene, turns = None, _list(tier, rng, single=0.4, named=0.5)
+            scene, turns = None, _list(tier, rng)
         elif part == "texts":
             scene, turns = None, _written(tier, rng)
         elif rng.random() < TEXT_ONLY:
@@ -140,14 +139,13 @@ def word(tier: Tier, rng: Random) -> Scene:
     return words.scene(rng, tier.size, tier.patterns, (text,), words.FONTS)
 
 
-def _list(tier: Tier, rng: Random, single: float, named: float, forms: dict[str, int] = ROLLS) -> list[tuple[str, str]]:
-    """What a language model learns first: to look up names in a list, which is the shortest text that one can be looked
-    up in. `single`: the share of questions about one thing; `named`: of the answers to the others, those with names."""
+def _list(tier: Tier, rng: Random) -> list[tuple[str, str]]:
+    """What a language model learns second: questions about one thing in a longer list, or about several."""
     turn = None
     while turn is None:
         scene = sample(tier, rng)
-        if rng.random() >= single:
-            turn = roll_call(scene, _context(tier), rng, named, forms) if len(scene.things) > 1 else None
+        if rng.random() >= 0.4:
+            turn = roll_call(scene, _context(tier), rng) if len(scene.things) > 1 else None
         elif question := KINDS[rng.choice(SHORT)](scene, _context(tier), rng, None):
             turn = question.text, question.answer
     return [(f"{in_words(scene, rng)}\n{turn[0]}", turn[1])]

@@ -180,17 +180,15 @@ def reading(scene: Scene, context: Context, rng: Random, want: str | None) -> Qu
 
 
 # How often each form of a roll call is chosen; where the scene does not fit one, existence is asked.
-ROLLS = {"existence": 2, "counting": 1, "quadrant": 3, "spatial": 2, "colour": 1, "choices": 2}
+ROLLS = {"existence": 2, "counting": 1, "quadrant": 3, "spatial": 2, "colour": 1, "names": 1, "letters": 2}
 
 
-def roll_call(
-    scene: Scene, context: Context, rng: Random, named: float = 0.5, forms: dict[str, int] = ROLLS
-) -> tuple[str, str] | None:
+def roll_call(scene: Scene, context: Context, rng: Random, forms: dict[str, int] = ROLLS) -> tuple[str, str] | None:
     """One question about each of several things, answered in the order in which they were named: 'cat yes, dog no.',
     or where it says so without the names: 'yes, no.'
 
     A short answer says one bit about one thing; this says as many as there are names, and each of them only to who
-    looks up its name in the picture. With the names (a share `named`) the model has just said what it looks up; without
+    looks up its name in the picture. With the names (half the time) the model has just said what it looks up; without
     them it has to find that in the question first, as for any other answer.
     """
     present = list(dict.fromkeys(t.concept.name for t in scene.things))
@@ -198,8 +196,8 @@ def roll_call(
     absent = rng.sample([name for name in context.concepts if name not in near], rng.randint(1, 4))
     known = scene.unique()
     form = rng.choices(list(forms), list(forms.values()))[0]
-    if form == "choices":
-        return _choices(present, absent, rng, named)
+    if form in ("names", "letters"):
+        return _choices(present, absent, rng, letters=form == "letters")
     if form == "counting" and all(t.concept.countable for t in scene.things):
         asked = "How many of each are there"
         found = {name: str(sum(t.concept.name == name for t in scene.things)) for name in present + absent}
@@ -220,22 +218,26 @@ def roll_call(
     if not found:
         return None
     names = rng.sample(list(found), len(found))
-    if rng.random() >= named:
+    if rng.random() < 0.5:
         return f"{asked}: {', '.join(names)}? Answer in order.", f"{', '.join(found[name] for name in names)}."
     return f"{asked}: {', '.join(names)}?", f"{', '.join(f'{name} {found[name]}' for name in names)}."
 
 
-def _choices(present: list[str], absent: list[str], rng: Random, named: float) -> tuple[str, str]:
-    """A multiple choice with one to three right answers: 'A, C.', or of each letter 'A yes, B no, C yes.'"""
+def _choices(present: list[str], absent: list[str], rng: Random, letters: bool) -> tuple[str, str]:
+    """Which of several are there, one to three of them: 'cat, bus.' With letters as in a multiple choice, 'A, C.', or
+    of each letter 'A yes, B no, C yes.'"""
     right = rng.sample(present, rng.randint(1, min(3, len(present))))
     names = rng.sample([*right, *absent], len(right) + len(absent))
-    letters = dict(zip("ABCDEFG", names, strict=False))
-    offer = " ".join(f"{letter}. {name}" for letter, name in letters.items())
-    if rng.random() < named:
-        said = [f"{letter} {'yes' if name in right else 'no'}" for letter, name in letters.items()]
-        return f"Which of these are in the picture? {offer} Answer yes or no for each letter.", f"{', '.join(said)}."
-    said = [letter for letter, name in letters.items() if name in right]
-    return f"Which of these are in the picture? {offer} Answer with the letters.", f"{', '.join(said)}."
+    if not letters:
+        offer, said = ", ".join(names), ", ".join(name for name in names if name in right)
+        return f"Which of these are in the picture: {offer}? Answer with the names.", f"{said}."
+    offered = dict(zip("ABCDEFG", names, strict=False))
+    offer = " ".join(f"{letter}. {name}" for letter, name in offered.items())
+    if rng.random() < 0.5:
+        said = ", ".join(f"{letter} {'yes' if name in right else 'no'}" for letter, name in offered.items())
+        return f"Which of these are in the picture? {offer} Answer yes or no for each letter.", f"{said}."
+    said = ", ".join(letter for letter, name in offered.items() if name in right)
+    return f"Which of these are in the picture? {offer} Answer with the letters.", f"{said}."
 
 
 def caption(scene: Scene) -> str:
@@ -275,6 +277,22 @@ def _place(scene: Scene, box: Box) -> str:
     row = "top" if box[3] <= half else "bottom" if box[1] >= half else "middle"
     column = "left" if box[2] <= half else "right" if box[0] >= half else ""
     return f"{row} {column}".strip()
+
+
+def looked_up(context: Context, rng: Random) -> tuple[str, str]:
+    """A question about a list, of names or of names with corners, answered with the names: the shortest text in which
+    something can be looked up, with as many answers as names."""
+    count = rng.randint(2, 6)
+    names = rng.sample(context.concepts, count + rng.randint(1, 4))
+    if rng.random() < 0.5:
+        corner = {name: rng.choice(QUADRANTS) for name in names[:count]}
+        listed = ", ".join(f"{name} {place}" for name, place in corner.items())
+        asked, found = "In which corner is each of these", corner
+    else:
+        listed, asked = ", ".join(names[:count]), "Which of these are in the picture"
+        found = {name: "yes" if i < count else "no" for i, name in enumerate(names)}
+    names = rng.sample(list(found), len(found))
+    return f"{listed}.\n{asked}: {', '.join(names)}?", f"{', '.join(f'{name} {found[name]}' for name in names)}."
 
 
 def spelling(context: Context, rng: Random) -> list[tuple[str, str]]:

@@ -137,7 +137,7 @@ def tier(name: str) -> Tier:
         "instructions": 0,
         "validation": 0,
         "test": 0,
-        "lists": 40000,
+        "lists": 32000,
         "questions": 36000,
         "texts": 24000,
     }
