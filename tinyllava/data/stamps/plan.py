@@ -26,7 +26,6 @@ from tinyllava.data.stamps.tiers import Tier
 
 SINGLE = 0.4  # share of pictures with one thing, beyond its even share: a tower learns names from large things first
 TEXT_ONLY = 0.05  # share of instructions without a picture
-ASK_EXISTENCE = 0.5  # share of conversations that begin with existence questions
 WRITTEN = 0.15  # share of pictures with a word to read
 DESCRIBE = 0.08  # share of conversations that are a description
 SPELL = 0.1  # share of texts that are about spelling
@@ -116,9 +115,14 @@ def _conversation(tier: Tier, rng: Random) -> tuple[Scene, list[tuple[str, str]]
         scene = sample(tier, rng, single=SINGLE / 4)
         kinds = [k for k, w in tier.kinds.items() if k != "reading" for _ in range(int(w + rng.random()))]
         rng.shuffle(kinds)
-    if scene.things and tier.rolls and rng.random() < tier.rolls and (turn := roll_call(scene, context, rng)):
+    if (
+        scene.things
+        and tier.rolls
+        and rng.random() < tier.rolls
+        and (turn := roll_call(scene, context, rng, tier.forms))
+    ):
         return scene, [(f"<image>\n{turn[0]}", turn[1])]
-    found = _existence(scene, context, rng) if rng.random() < ASK_EXISTENCE else []
+    found = _existence(scene, context, rng) if rng.random() < tier.existence else []
     told = {fact for question in found for fact in question.asks}
     for kind in kinds:
         if len(found) < tier.turns:

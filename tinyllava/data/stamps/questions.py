@@ -183,7 +183,9 @@ def reading(scene: Scene, context: Context, rng: Random, want: str | None) -> Qu
 ROLLS = {"existence": 2, "counting": 1, "quadrant": 3, "spatial": 2, "colour": 1, "names": 1, "letters": 2}
 
 
-def roll_call(scene: Scene, context: Context, rng: Random, forms: dict[str, int] = ROLLS) -> tuple[str, str] | None:
+def roll_call(
+    scene: Scene, context: Context, rng: Random, forms: dict[str, int] | None = None
+) -> tuple[str, str] | None:
     """One question about each of several things, answered in the order in which they were named: 'cat yes, dog no.',
     or where it says so without the names: 'yes, no.'
 
@@ -195,6 +197,7 @@ def roll_call(scene: Scene, context: Context, rng: Random, forms: dict[str, int]
     near = set().union(*(library().near(name) for name in present))
     absent = rng.sample([name for name in context.concepts if name not in near], rng.randint(1, 4))
     known = scene.unique()
+    forms = forms or ROLLS
     form = rng.choices(list(forms), list(forms.values()))[0]
     if form in ("names", "letters"):
         return _choices(present, absent, rng, letters=form == "letters")

@@ -53,7 +53,9 @@ class Tier:
     test: int
     turns: int  # questions in a conversation, at most
     kinds: dict[str, float]  # kind of question -> how often a conversation tries to ask one
+    existence: float = 0.5  # share of conversations that begin with existence questions
     rolls: float = 0.0  # share of conversations that ask the same about several things
+    forms: dict[str, int] | None = None  # how often in which form (None: questions.ROLLS)
     lists: int = 0  # lists of what is in a picture, each with one question about several things, answered by name
     questions: int = 0  # such lists with questions of all sorts
     texts: int = 0  # conversations about a picture in words
@@ -105,13 +107,23 @@ def tier(name: str) -> Tier:
         flips=True,
         fill=0.85,
         patterns=patterns,
-        captions=8000,
-        instructions=16000,
+        captions=6000,
+        instructions=18000,
         validation=500,
         test=200,
         turns=8,
-        kinds={**ASKED, "multiple_choice": 1.0},
+        # More of what 1,000 steps leave behind, less of what the LLM of the package has read about.
+        kinds={
+            **ASKED,
+            "multiple_choice": 1.0,
+            "category": 4.0,
+            "background_colour": 1.0,
+            "quadrant": 1.0,
+            "naming": 0.5,
+        },
+        existence=0.25,
         rolls=0.3,
+        forms={"existence": 1, "counting": 4, "quadrant": 1, "spatial": 2, "colour": 3, "names": 1, "letters": 1},
     )
     if name == "small":
         return small
@@ -128,7 +140,9 @@ def tier(name: str) -> Tier:
         instructions=50000,
         validation=1000,
         test=240,
-        kinds={**small.kinds, "reading": 1.0},
+        kinds={**ASKED, "multiple_choice": 1.0, "reading": 1.0},
+        existence=0.5,
+        forms=None,
     )
     if name == "full":
         return full
