@@ -68,8 +68,8 @@ class PatchWords(nn.Module):
     def scores(self, pixels: Tensor) -> list[Tensor]:
         """uint8 [I, 3, H, W] -> for each sort [I * P, words of the sort]."""
         features = self.tower(pixels / 127.5 - 1, output_hidden_states=True).hidden_states[-1]
-        patches = self.norm(features).flatten(0, 1)
-        return [words(patches) for words in self.words.values()]
+        features = self.norm(features).flatten(0, 1)
+        return [words(features) for words in self.words.values()]
 
     def forward(self, pixels: Tensor, described: Tensor) -> dict[str, Tensor]:
         """`described` is [I, S, P]. A sort that no patch of the batch is told a word of counts nothing."""

@@ -33,14 +33,8 @@ RASTER = (
     0.75  # share of the others that have a word for each patch where the picture will be, not a list of what is there
 )
 INVENTED = 0.6  # share of the words to read that are no words
-SHORT = (
-    "existence",
-    "counting",
-    "quadrant",
-    "spatial",
-    "colour",
-    "multiple_choice",
-)  # what is asked about one thing in a list
+# What is asked about one thing in a list, in a share ONE of them.
+SHORT, ONE = ("existence", "counting", "quadrant", "spatial", "colour", "multiple_choice"), 0.4
 PARTS = ("captions", "instructions", "validation", "test", "lists", "questions", "texts")
 
 
@@ -148,7 +142,7 @@ def _list(tier: Tier, rng: Random) -> list[tuple[str, str]]:
     turn = None
     while turn is None:
         scene = sample(tier, rng)
-        if rng.random() >= 0.4:
+        if rng.random() >= ONE:
             turn = roll_call(scene, _context(tier), rng) if len(scene.things) > 1 else None
         elif question := KINDS[rng.choice(SHORT)](scene, _context(tier), rng, None):
             turn = question.text, question.answer
