@@ -18,6 +18,7 @@ from tinyllava.data.stamps.compose import render
 from tinyllava.data.stamps.plan import plan
 from tinyllava.data.stamps.words import FONTS, HELD_OUT, HELD_OUT_FONTS, split
 from tinyllava.data.stamps.write import VERSION, facts
+from tinyllava.errors import UserError
 from tinyllava.eval.benchmarks.custom import normalize
 from tinyllava.infer import Session, find_checkpoint
 from tinyllava.model.build import build
@@ -60,6 +61,17 @@ def test_a_recipe_takes_them_by_name_and_changes_nothing(monkeypatch: pytest.Mon
     tokenizer = AutoTokenizer.from_pretrained(NANO_FOLDER / "llm")
     assert processor.tokenizer.encode("a red balloon") == tokenizer.encode("a red balloon")
     assert find_checkpoint("nano") == NANO_FOLDER / "model"
+
+
+def test_a_folder_of_that_name_is_never_taken_for_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tinyllava
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for folder in ("./nano", Path("nano")):
+        with pytest.raises(UserError, match="nano is no directory"):
+            find_checkpoint(folder)
+    said = tinyllava("eval", "./nano", "--tasks", "stamps")
+    assert said.code == 2 and "nano is no directory" in said.err and not (tmp_path / "nano").exists()
 
 
 @pytest.mark.parametrize("part", TIERS)

@@ -124,7 +124,7 @@ def chat(
 
 @app.command("eval")
 def evaluate(
-    checkpoint: Annotated[Path | None, typer.Argument(metavar="CHECKPOINT", help="Or a run, like runs/a.")] = None,
+    checkpoint: Annotated[str | None, typer.Argument(metavar="CHECKPOINT", help="Or a run, like runs/a.")] = None,
     tasks: Annotated[str | None, typer.Option(help=TASKS + " Commas between.")] = None,
     data: DataRoot = None,
     output_dir: Annotated[Path | None, typer.Option("--output", help="By default the CHECKPOINT's directory.")] = None,
@@ -144,7 +144,8 @@ def evaluate(
         raise UserError("say what to ask whom: tinyllava eval CHECKPOINT --tasks stamps,pope; or --compare A B.")
     else:
         found = checked(names, data, judge)
-        ask_and_score(checkpoint, found, data, output_dir or checkpoint, judge, given(lacking), together=True)
+        folder = output_dir or Path(checkpoint)
+        ask_and_score(checkpoint, found, data, folder, judge, given(lacking), together=True)
 
 
 @app.command()

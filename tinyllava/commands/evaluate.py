@@ -30,7 +30,7 @@ def checked(tasks: list[str], root: str | None, judge: str | None = None) -> lis
 
 
 def ask_and_score(
-    checkpoint: Path,
+    checkpoint: str | Path,
     tasks: list[Task],
     root: str | None,
     folder: Path,

@@ -19,13 +19,13 @@ logger = logging.getLogger("tinyllava")
 
 def find_checkpoint(path: str | Path) -> Path:
     """The checkpoint that `path` means: itself; a stage's final, else newest one; a run's last stage's; the Hub's; or
-    the one that comes with the package, `nano`.
+    the one that comes with the package, `nano` (a string: a Path of that name, and "./nano", are a folder).
 
     Half-written ones do not count. Raises UserError, with what was looked for, when there is none.
     """
-    name, path = str(path), Path(path).expanduser()
-    if name == NANO:
+    if path == NANO:
         return Path(located("model", NANO))
+    name, path = str(path), Path(path).expanduser()
     if not path.is_dir():
         return from_hub(name)
     if (path / "config.json").is_file():
