@@ -172,7 +172,9 @@ def test_what_is_missing(tmp_path, write, llava):
         opened(write([llava("1", None, ("a", "b"))]), images=str(tmp_path / "nowhere"))
     with pytest.raises(UserError, match=r"some/dataset is neither a local path nor readable from the Hub.*local file"):
         opened("some/dataset")
-    with pytest.raises(UserError, match=r"unknown data stamps:huge/captions\. .*tiny, small, full or pretrain"):
+    with pytest.raises(
+        UserError, match=r"unknown data stamps:huge/captions\. .*tiny, small, full, pretrain or reading"
+    ):
         opened("stamps:huge/captions")
 
 

@@ -5,6 +5,7 @@ import json
 import re
 from collections import Counter, defaultdict
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from random import Random
 
@@ -253,6 +254,27 @@ def test_lists_name_nothing_held_out_and_have_every_answer_in_them(part):
                 assert (yes == "yes") == bool(there), (listed, told)
         if part == "lists" and "corner" in question:
             assert set(answer.removesuffix(".").split(", ")) == set(listed.removesuffix(".").split(", "))
+
+
+def test_words_to_read_are_none_that_is_known_and_stand_apart():
+    size, names, counts, spelled = tier("reading"), set(split(TRAIN) + split(HELD_OUT)), Counter(), 0
+    assert size.concepts == tier("full").concepts and size.held_out == tier("full").held_out
+    for planned in plan(size, 0, "words", 1000):
+        written = planned.scene.words
+        question, answer = (turn["value"] for turn in planned.record["conversations"])
+        counts[len(written)] += 1
+        if "Spell" in question:
+            spelled += 1
+            assert answer == ", ".join(" ".join(word.text) for word in written)
+        else:
+            assert answer == ", ".join(word.text for word in written)
+        assert not {word.text for word in written} & names
+        assert not {word.font for word in written} & set(HELD_OUT_FONTS)
+        assert all(re.fullmatch("[a-z]{3,8}", word.text) for word in written)
+        boxes = [word.box for word in written]
+        assert all(0 <= x0 < x1 <= 128 and 0 <= y0 < y1 <= 128 for x0, y0, x1, y1 in boxes)
+        assert all(above[3] <= below[1] for above, below in pairwise(boxes))
+    assert set(counts) == {1, 2, 3} and min(counts.values()) > 250 and 250 < spelled < 420
 
 
 def test_jitter_changes_colours_and_nothing_else():

@@ -1,6 +1,7 @@
 """The embedded default dataset, made on first use: `path: stamps:TIER/PART`.
 
-TIER is tiny, small or full; PART is captions, instructions or validation. Pictures lie in the cache beside them.
+TIER is tiny, small or full, PART captions, instructions or validation (pretrain and reading have other parts).
+Pictures lie in the cache beside them.
 """
 
 import re
@@ -14,8 +15,8 @@ from tinyllava.data.cache import locked
 from tinyllava.data.sources import Source, llava_json
 from tinyllava.errors import UserError
 
-TIERS = ("tiny", "small", "full", "pretrain")
-PARTS = ("captions", "instructions", "validation", "lists", "questions", "texts")
+TIERS = ("tiny", "small", "full", "pretrain", "reading")
+PARTS = ("captions", "instructions", "validation", "lists", "questions", "texts", "words")
 PATH = re.compile(rf"stamps:({'|'.join(TIERS)})/({'|'.join(PARTS)})")
 SEED = 0  # one dataset for everybody, so that scores compare
 

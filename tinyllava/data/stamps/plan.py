@@ -35,7 +35,7 @@ RASTER = (
 INVENTED = 0.6  # share of the words to read that are no words
 # What is asked about one thing in a list, in a share ONE of them.
 SHORT, ONE = ("existence", "counting", "quadrant", "spatial", "colour", "multiple_choice"), 0.4
-PARTS = ("captions", "instructions", "validation", "test", "lists", "questions", "texts")
+PARTS = ("captions", "instructions", "validation", "test", "lists", "questions", "texts", "words")
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,9 @@ def plan(tier: Tier, seed: int, part: str, count: int) -> Iterator[Planned]:
             scene, turns = None, _list(tier, rng)
         elif part == "texts":
             scene, turns = None, _written(tier, rng)
+        elif part == "words":
+            scene = spelt(tier, rng)
+            turns = [words.read(scene, rng)]
         elif rng.random() < TEXT_ONLY:
             scene, turns = None, chat(_context(tier), rng)
         else:
@@ -132,9 +135,22 @@ def _conversation(tier: Tier, rng: Random) -> tuple[Scene, list[tuple[str, str]]
 
 def word(tier: Tier, rng: Random) -> Scene:
     """A word to read in training: a name of the tier, so that the names of held-out concepts are not even read."""
-    known = tuple(word for word in words.split(words.TRAIN) if word in tier.concepts)
+    known = _known(tier)
     text = words.invented(rng, known) if rng.random() < INVENTED else rng.choice(known)
     return words.scene(rng, tier.size, tier.patterns, (text,), words.FONTS)
+
+
+def spelt(tier: Tier, rng: Random) -> Scene:
+    """One to three words that are none, to be read letter by letter."""
+    known = _known(tier)
+    texts = tuple(words.spelt(rng, known) for _ in range(rng.randint(1, 3)))
+    return words.scene(rng, tier.size, tier.patterns, texts, words.FONTS, count=len(texts))
+
+
+def _known(tier: Tier) -> tuple[str, ...]:
+    """The words of training that are names of the tier."""
+    concepts = set(tier.concepts)
+    return tuple(word for word in words.split(words.TRAIN) if word in concepts)
 
 
 def _list(tier: Tier, rng: Random) -> list[tuple[str, str]]:

@@ -1,4 +1,4 @@
-"""The three sizes of the dataset, and a corpus to pretrain parts on: which concepts, how many pictures, how full.
+"""The three sizes of the dataset, and two more for what the package brings: which concepts, how many, how full.
 
 What is held out of training is held out of every tier, so that a tower trained on `full` may be tested on `small`.
 """
@@ -59,6 +59,7 @@ class Tier:
     lists: int = 0  # lists of what is in a picture, each with one question about several things, answered by name
     questions: int = 0  # such lists with questions of all sorts
     texts: int = 0  # conversations about a picture in words
+    words: int = 0  # pictures of one to three words that are none
     jitter: bool = False  # drawings in colours a little off their own
 
 
@@ -75,7 +76,8 @@ ASKED = {
 
 
 def tier(name: str) -> Tier:
-    """The tier of that name: tiny, small, full, or pretrain, which holds what `full` trains on and has no test."""
+    """The tier of that name: tiny, small, full, or one that holds what `full` trains on and has no test: pretrain for
+    parts, reading for words."""
     if name == "tiny":
         return Tier(
             "tiny",
@@ -146,16 +148,11 @@ def tier(name: str) -> Tier:
     )
     if name == "full":
         return full
-    parts = {
-        "captions": 0,
-        "instructions": 0,
-        "validation": 0,
-        "test": 0,
-        "lists": 32000,
-        "questions": 36000,
-        "texts": 24000,
-    }
-    return replace(full, name="pretrain", fill=0.55, jitter=True, rolls=0.5, **parts)
+    none = {"captions": 0, "instructions": 0, "validation": 0, "test": 0}
+    if name == "reading":
+        return replace(full, name="reading", words=100000, **none)
+    parts = {"lists": 32000, "questions": 36000, "texts": 24000}
+    return replace(full, name="pretrain", fill=0.55, jitter=True, rolls=0.5, **none, **parts)
 
 
-TIERS = ("tiny", "small", "full", "pretrain")
+TIERS = ("tiny", "small", "full", "pretrain", "reading")
