@@ -121,7 +121,7 @@ def turns(text: str) -> list[dict]:
     [("naming", 0.8), ("background_colour", 0.9), ("existence", 0.85), ("multiple_choice", 0.8), ("reading", 0.35)],
 )
 def test_it_answers(nano: Session, category: str, least: float) -> None:
-    """Far above what it says blind (naming 0); the exact figures stand in perf/README.md with their command."""
+    """Far above what it says blind (naming 0); the exact figures stand in docs/nano.md with their command."""
     assert ask(nano, category, 40) >= least
 
 

@@ -176,6 +176,9 @@ def test_what_is_missing(tmp_path, write, llava):
         UserError, match=r"unknown data stamps:huge/captions\. .*tiny, small, full, pretrain or reading"
     ):
         opened("stamps:huge/captions")
+    for path in ("stamps:reading/captions", "stamps:reading"):
+        with pytest.raises(UserError, match=rf"unknown data {path}\. The parts of stamps:reading are words\."):
+            opened(path)  # said before 100,000 pictures are composed
 
 
 def test_a_large_array_is_read_in_pieces(tmp_path, monkeypatch):

@@ -52,6 +52,8 @@ def test_the_test_is_the_one_given_or_that_of_the_tier_trained_on(tmp_path, monk
     assert stamps.locate(tmp_path, trained_on) == tmp_path / "cache" / "small"
     assert stamps.locate(None, trained_on) == tmp_path / "cache" / "small"
     assert stamps.locate("stamps:full", trained_on) == tmp_path / "cache" / "full"
+    with pytest.raises(UserError, match=r"stamps:reading has no test\. Give --data stamps:tiny \(or small, full\)"):
+        stamps.locate("stamps:reading", trained_on)
     with pytest.raises(UserError, match=r"not trained on stamps\. Give --data stamps:tiny"):
         stamps.locate(tmp_path, ["my.json"])
     write(tmp_path / "bad", [{"text": "What?", "answer": "cat"}])

@@ -4,7 +4,6 @@ TIER is tiny, small or full, PART captions, instructions or validation (pretrain
 Pictures lie in the cache beside them.
 """
 
-import re
 from pathlib import Path
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -15,9 +14,6 @@ from tinyllava.data.cache import locked
 from tinyllava.data.sources import Source, llava_json
 from tinyllava.errors import UserError
 
-TIERS = ("tiny", "small", "full", "pretrain", "reading")
-PARTS = ("captions", "instructions", "validation", "lists", "questions", "texts", "words")
-PATH = re.compile(rf"stamps:({'|'.join(TIERS)})/({'|'.join(PARTS)})")
 SEED = 0  # one dataset for everybody, so that scores compare
 
 
@@ -26,13 +22,15 @@ def matches(path: str) -> bool:
 
 
 def read(spec: DataSpec, cache_dir: Path) -> Source:
-    named = PATH.fullmatch(spec.path)
-    if not named:
-        raise UserError(
-            f"unknown data {spec.path}. Expected stamps:TIER/PART with {_either(TIERS)}, and {_either(PARTS)}."
-        )
-    folder = prepared(named[1], cache_dir)
-    local = spec.model_copy(update={"path": str(folder / f"{named[2]}.json"), "images": [str(folder)]})
+    from tinyllava.data.stamps import TIERS, trained_parts
+
+    name, _, part = spec.path.removeprefix("stamps:").partition("/")
+    if name not in TIERS:
+        raise UserError(f"unknown data {spec.path}. Expected stamps:TIER/PART with {_either(TIERS)}.")
+    if part not in (parts := trained_parts(name)):
+        raise UserError(f"unknown data {spec.path}. The parts of stamps:{name} are {', '.join(parts)}.")
+    folder = prepared(name, cache_dir)
+    local = spec.model_copy(update={"path": str(folder / f"{part}.json"), "images": [str(folder)]})
     source = llava_json.read(local, cache_dir)
     source.path = spec.path
     return source

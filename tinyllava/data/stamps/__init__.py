@@ -6,7 +6,8 @@
 decides a tier's records from a seed and `write` writes them. Needs Pillow and numpy only.
 """
 
+from tinyllava.data.stamps.plan import trained_parts
 from tinyllava.data.stamps.tiers import TIERS, Tier, tier
 from tinyllava.data.stamps.write import prepare
 
-__all__ = ["TIERS", "Tier", "prepare", "tier"]
+__all__ = ["TIERS", "Tier", "prepare", "tier", "trained_parts"]

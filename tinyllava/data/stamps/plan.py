@@ -22,7 +22,7 @@ from tinyllava.data.stamps.questions import (
     roll_call,
     spelling,
 )
-from tinyllava.data.stamps.tiers import Tier
+from tinyllava.data.stamps.tiers import Tier, tier
 
 SINGLE = 0.4  # share of pictures with one thing, beyond its even share: a tower learns names from large things first
 TEXT_ONLY = 0.05  # share of instructions without a picture
@@ -46,6 +46,11 @@ class Planned:
     scene: Scene | None
 
 
+def trained_parts(name: str) -> tuple[str, ...]:
+    """The parts that tier `name` has, but for its test."""
+    return tuple(part for part in PARTS if part != "test" and getattr(tier(name), part))
+
+
 def plan(tier: Tier, seed: int, part: str, count: int) -> Iterator[Planned]:
     """The records of one part, `count` of them (test: `count` a category)."""
     if part == "test":
@@ -65,7 +70,7 @@ def plan(tier: Tier, seed: int, part: str, count: int) -> Iterator[Planned]:
         elif part == "texts":
             scene, turns = None, _written(tier, rng)
         elif part == "words":
-            scene = spelt(tier, rng)
+            scene = _page(tier, rng)
             turns = [words.read(scene, rng)]
         elif rng.random() < TEXT_ONLY:
             scene, turns = None, chat(_context(tier), rng)
@@ -140,10 +145,10 @@ def word(tier: Tier, rng: Random) -> Scene:
     return words.scene(rng, tier.size, tier.patterns, (text,), words.FONTS)
 
 
-def spelt(tier: Tier, rng: Random) -> Scene:
-    """One to three words that are none, to be read letter by letter."""
+def _page(tier: Tier, rng: Random) -> Scene:
+    """One to three invented words, to be read letter by letter."""
     known = _known(tier)
-    texts = tuple(words.spelt(rng, known) for _ in range(rng.randint(1, 3)))
+    texts = tuple(words.wordlike(rng, known) for _ in range(rng.randint(1, 3)))
     return words.scene(rng, tier.size, tier.patterns, texts, words.FONTS, count=len(texts))
 
 

@@ -59,7 +59,7 @@ class Tier:
     lists: int = 0  # lists of what is in a picture, each with one question about several things, answered by name
     questions: int = 0  # such lists with questions of all sorts
     texts: int = 0  # conversations about a picture in words
-    words: int = 0  # pictures of one to three words that are none
+    words: int = 0  # pictures of one to three invented words
     jitter: bool = False  # drawings in colours a little off their own
 
 

@@ -51,7 +51,7 @@ def _names() -> frozenset[str]:
     return frozenset(split(TRAIN) + split(HELD_OUT))
 
 
-def spelt(rng: Random, known: tuple[str, ...]) -> str:
+def wordlike(rng: Random, known: tuple[str, ...]) -> str:
     """A string that is no word and could be one: letters as often as names have them, or two ends of names.
 
     Nothing of it can be guessed, so it teaches to read letter by letter; it has the vowels of a word, so that the

@@ -29,9 +29,12 @@ TIERS = ("tiny", "small", "full")
 def locate(root: str | Path | None, trained_on: Iterable[str] = ()) -> Path:
     """The folder of test.jsonl: `root`'s, else the tier named in `root` or in the data that the model was trained on.
 
-    A tier is composed on first use, the same on every machine. Raises UserError when nothing names one.
+    A tier is composed on first use, the same on every machine. Raises UserError when nothing names one, or when `root`
+    names one without a test.
     """
     named = [re.match(rf"stamps:({'|'.join(TIERS)})\b", str(name)) for name in [root or "", *trained_on]]
+    if str(root).startswith("stamps:") and not named[0]:
+        raise UserError(f"{root} has no test. Give --data stamps:{TIERS[0]} (or {', '.join(TIERS[1:])}).")
     if root and not named[0] and find(root, FOLDER, FILE):
         return need(root, FOLDER, FILE).parent
     tier = next((match[1] for match in named if match), None)
