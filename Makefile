@@ -1,4 +1,5 @@
-# make demo: from a fresh machine to a trained, scored, talking model.   make test: lint and the test suite.
+# make demo: install the package, then train a small model, score it and show how to chat with it.
+# make test: run the linter and the test suite.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -9,7 +10,7 @@ install: $(VENV)/.installed
 
 # requirements.lock pins what was tested; torch==2.13.0 is a CPU build on Linux machines without a GPU (README).
 $(VENV)/.installed: requirements.lock pyproject.toml
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; set PYTHON=/path/to/python3.11")'
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is required: set PYTHON=/path/to/python3.11")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --requirement requirements.lock
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --editable .
@@ -22,7 +23,7 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# Two workers with one thread each: two cores are enough, and threads do not fight over them.
+# Two processes with one thread each: more threads than cores would slow each other down.
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
 

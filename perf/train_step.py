@@ -1,31 +1,37 @@
-"""One training step, ours against transformers' own Llava, on the same weights and the same batch.
+"""Measure the speed of a training step, compared with transformers' Llava on the same weights and the same batch.
 
     python perf/train_step.py            # 2 minutes on one core; prints a table
 
-What differs: the head and the loss run on supervised positions only, and a frozen tower runs without autograd up to
-the layer that is used. Process CPU seconds (machines are shared and noisy), best of the repeats, both sides in one
-run, alternating.
+Our step differs in two ways. It computes the head and the loss only for supervised positions. It runs a frozen vision
+tower without autograd, and only up to the layer that is used. The time is the CPU time of the process, because the
+machine may be shared. Both sides run in turn in one process, and the best of the runs counts.
 """
 
+import argparse
 import time
+from typing import NamedTuple
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from transformers import LlavaForConditionalGeneration
 
+from tinyllava.checkpoint.layout import make_plain_config
 from tinyllava.config import ModelSpec, Tune
+from tinyllava.console import output
+from tinyllava.data.labels import IGNORE
 from tinyllava.data.sample import Sample
-from tinyllava.model.build import build
-from tinyllava.model.layout import plain_config
+from tinyllava.data.tokenizer import train_tokenizer
+from tinyllava.model.build import build, load_template
 from tinyllava.train.tune import apply_tuning
 
 REPEATS = 5
+ROWS = 4  # samples in the batch
+TEXT = 64  # positions after the image
 TUNES = {
     "connector only": {"llm": "frozen"},
     "connector and LLM": {"llm": "full"},
 }
-MODEL = {  # the proportions of a small VLM: 196 image tokens, a vocabulary of 32,000, a tower as deep as it is wide
+MODEL = {  # the proportions of a small VLM: 196 image tokens, a vocabulary of 32,000, a tower as deep as the LLM
     "llm": {
         "config": {
             "model_type": "llama",
@@ -53,49 +59,67 @@ MODEL = {  # the proportions of a small VLM: 196 image tokens, a vocabulary of 3
 }
 
 
-def batch(image_token: int, tokens: int, supervised: int, rows: int = 4, text: int = 64) -> dict[str, torch.Tensor]:
-    """`rows` samples with one picture, `text` positions after it, the last `supervised` of them with labels."""
+class Step(NamedTuple):
+    """One forward and backward pass: its CPU seconds and its loss."""
+
+    seconds: float
+    loss: float
+
+
+def make_batch(image_token: int, image_tokens: int, supervised: int) -> dict[str, torch.Tensor]:
+    """Return ROWS samples of one image and TEXT positions after it; the last `supervised` positions have labels."""
     generator = torch.Generator().manual_seed(0)
-    words = torch.randint(300, 32000, (rows, text), generator=generator)
-    ids = torch.cat([torch.full((rows, tokens), image_token), words], dim=1)
+    words = torch.randint(300, 32000, (ROWS, TEXT), generator=generator)  # above the ids of the special tokens
+    ids = torch.cat([torch.full((ROWS, image_tokens), image_token), words], dim=1)
     labels = ids.clone()
-    labels[:, :-supervised] = -100
-    pixels = torch.randn(rows, 3, 224, 224, generator=generator)
+    labels[:, :-supervised] = IGNORE
+    pixels = torch.randn(ROWS, 3, 224, 224, generator=generator)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels, "pixel_values": pixels}
 
 
-def seconds(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> tuple[float, float]:
-    """CPU seconds of one forward and backward pass, and its loss."""
+def run_step(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> Step:
+    """Run one forward and backward pass and measure its CPU seconds."""
     model.zero_grad()
     start = time.process_time()
     loss = model(**inputs, use_cache=False).loss
     loss.backward()
-    return time.process_time() - start, loss.item()
+    return Step(time.process_time() - start, loss.item())
 
 
-def main() -> None:
-    """Measure both sides for each tuning."""
-    torch.set_num_threads(1)
+def compare_steps(tune: dict[str, str], supervised: int) -> list[str]:
+    """Run the step of both sides with the same weights; returns the cells of a row after the name of the tuning."""
     record = {
         "conversations": [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A."}],
         "image": "a",
     }
-    table = Table("training", "supervised", "transformers, s", "ours, s", "speed-up", "losses")
+    spec = ModelSpec.model_validate(MODEL)
+    tokenizer = train_tokenizer(load_template(spec), [Sample.from_llava(record)], spec.llm.tokenizer.vocab_size)
+    ours = build(spec, tokenizer).model
+    theirs = LlavaForConditionalGeneration(make_plain_config(ours))
+    theirs.load_state_dict(ours.state_dict())
+    apply_tuning(ours, Tune.model_validate(tune), seed=0)
+    trained = {name for name, parameter in ours.named_parameters() if parameter.requires_grad}
+    for name, parameter in theirs.named_parameters():
+        parameter.requires_grad_(name in trained)
+    inputs = make_batch(ours.config.image_token_id, ours.config.image_seq_length, supervised)
+    # In turn, so that a change of the machine's load affects both sides.
+    runs = [(run_step(theirs.train(), inputs), run_step(ours.train(), inputs)) for _ in range(REPEATS)]
+    their_best, our_best = (min(run[side].seconds for run in runs) for side in (0, 1))
+    losses = " ".join(f"{step.loss:.5f}" for step in runs[0])
+    positions = inputs["input_ids"].shape[1]
+    speed_up = f"{their_best / our_best:.2f} x"
+    return [f"{supervised} of {positions}", f"{their_best:.2f}", f"{our_best:.2f}", speed_up, losses]
+
+
+def main() -> None:
+    """Measure both sides for each tuning, with few and with many supervised positions."""
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
+    torch.set_num_threads(1)
+    table = Table("trained parts", "supervised", "transformers, CPU s", "ours, CPU s", "speed-up", "losses")
     for name, tune in TUNES.items():
         for supervised in (8, 48):
-            ours, *_ = build(ModelSpec.model_validate(MODEL), lambda: [Sample.from_llava(record)])
-            theirs = LlavaForConditionalGeneration(plain_config(ours))
-            theirs.load_state_dict(ours.state_dict())
-            apply_tuning(ours, Tune.model_validate(tune), seed=0)
-            trained = {key for key, parameter in ours.named_parameters() if parameter.requires_grad}
-            for key, parameter in theirs.named_parameters():
-                parameter.requires_grad_(key in trained)
-            inputs = batch(ours.config.image_token_id, ours.config.image_seq_length, supervised)
-            runs = [(seconds(theirs.train(), inputs), seconds(ours.train(), inputs)) for _ in range(REPEATS)]
-            them, us = (min(run[side][0] for run in runs) for side in (0, 1))
-            losses = f"{runs[0][0][1]:.5f} {runs[0][1][1]:.5f}"
-            table.add_row(name, f"{supervised} of 260", f"{them:.2f}", f"{us:.2f}", f"{them / us:.2f} x", losses)
-    Console().print(table)
+            table.add_row(name, *compare_steps(tune, supervised))
+    output.print(table)
 
 
 if __name__ == "__main__":

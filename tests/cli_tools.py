@@ -1,4 +1,4 @@
-"""What tests of the command line share: the console script run in this process, and a recipe of a few steps."""
+"""Helpers for tests of the command line: run the console script in this process, and a recipe of a few steps."""
 
 import io
 import logging
@@ -16,26 +16,30 @@ from tinyllava import cli
 from tinyllava.console import messages, output
 
 
-class Said(NamedTuple):
+class CommandResult(NamedTuple):
+    """The exit code of a command and what it printed."""
+
     code: int
     out: str
     err: str
 
 
 @pytest.fixture(name="tinyllava")
-def command_line(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Said]]:
-    """tinyllava("train", ...) runs the console script in this process and returns what it said."""
-    for console in (output, messages):  # made at import, when COLUMNS said something else
+def run_command_line(
+    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[..., CommandResult]]:
+    """tinyllava("train", ...) runs the console script in this process and returns its result."""
+    for console in (output, messages):  # created at import, when COLUMNS had another value
         monkeypatch.setattr(console, "_width", 100)
-    transformers_logging.disable_progress_bar()  # a process of its own has TQDM_DELAY in time for this
+    transformers_logging.disable_progress_bar()  # TQDM_DELAY, which hides the bars, is set too late here
     logger = logging.getLogger("tinyllava")
     before = logger.handlers, logger.propagate, logger.level
 
-    def run(*arguments: object, stdin: str = "") -> Said:
+    def run(*arguments: object, stdin: str = "") -> CommandResult:
         monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
         with pytest.raises(SystemExit) as stopped:
             cli.main([str(argument) for argument in arguments])
-        return Said(stopped.value.code, *capsys.readouterr())
+        return CommandResult(stopped.value.code, *capsys.readouterr())
 
     yield run
     logger.handlers, logger.propagate, logger.level = before
@@ -43,7 +47,7 @@ def command_line(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch)
 
 
 def recipe(pictures: Path, **changes: object) -> dict:
-    """Two stages on tiny parts, a few steps each; the second trains an adapter."""
+    """Make a recipe of two stages on tiny parts, with a few steps each. The second stage trains an adapter."""
     trainer = {
         "learning_rate": 1e-3,
         "max_steps": 3,
@@ -51,24 +55,31 @@ def recipe(pictures: Path, **changes: object) -> dict:
         "dataloader_num_workers": 0,
         "report_to": "none",
     }
-    one = {"global_batch_size": 4, "trainer": trainer}
+    settings = {"global_batch_size": 4, "trainer": trainer}
     lora = {"llm": {"lora": {"r": 4, "alpha": 8}, "lr": 5e-3}}
     stages = {
-        "pretrain": {"template": "pretrain", "data": [{"path": str(pictures / "captions.json")}], **one},
-        "finetune": {"data": [{"path": str(pictures / "instructions.json")}], "tune": lora, **one},
+        "pretrain": {"template": "pretrain", "data": [{"path": str(pictures / "captions.json")}], **settings},
+        "finetune": {"data": [{"path": str(pictures / "instructions.json")}], "tune": lora, **settings},
     }
     return {"model": tiny_model(max_length=256), "stages": stages, **changes}
 
 
-def written(folder: Path, content: dict) -> Path:
+def write_recipe(folder: Path, content: dict) -> Path:
+    """Write a recipe and return its path."""
     path = folder / "tiny.yaml"
     path.write_text(yaml.safe_dump(content, sort_keys=False))
     return path
 
 
-def assert_refused(said: Said, *facts: str) -> None:
-    assert said.code == 2 and said.out == "", said
-    lines = said.err.strip().splitlines()
-    assert 1 <= len(lines) <= 2 and lines[0].startswith("error: "), said.err
+def assert_refused(result: CommandResult, *facts: str) -> None:
+    """Check that a command failed with an error of one or two lines that contains `facts`.
+
+    Before the error, only the log lines of earlier steps are allowed.
+    """
+    assert result.code == 2 and result.out == "", result
+    lines = result.err.strip().splitlines()
+    while lines and lines[0].startswith("stage "):
+        lines = lines[1:]
+    assert 1 <= len(lines) <= 2 and lines[0].startswith("error: "), result.err
     for fact in facts:
-        assert fact in said.err, said.err
+        assert fact in result.err, result.err

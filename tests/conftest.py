@@ -1,4 +1,4 @@
-"""What all tests share: no network, one thread, a cache of their own, and tiny models of real classes."""
+"""Fixtures for all tests: no network, one thread, a new cache for each test, and tiny models of real classes."""
 
 import json
 import os
@@ -64,13 +64,13 @@ def tiny_model(llm: dict = LLAMA, tower: dict = CLIP, connector: object = "mlp2x
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tokenised data of one test never reach another."""
+    """Give each test its own cache, so that no test uses the tokenised data of another."""
     monkeypatch.setenv("TINYLLAVA_CACHE", str(tmp_path_factory.mktemp("cache")))
 
 
 @pytest.fixture(scope="session")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with 24 pictures, captions.json, and instructions.json (some of several turns, some text only)."""
+    """A folder with 24 images, captions.json and instructions.json (some with several turns, some without an image)."""
     folder = tmp_path_factory.mktemp("pictures")
     rng = np.random.default_rng(0)
     captions, instructions = [], []

@@ -1,4 +1,4 @@
-"""A model hub of one process: what uploads and downloads ask for, answered over real HTTP, kept in memory."""
+"""A model hub in this process. It answers uploads and downloads over HTTP and keeps files in memory."""
 
 import base64
 import json
@@ -15,7 +15,7 @@ class Hub(BaseHTTPRequestHandler):
     """Repositories by id, each a dict of path -> bytes. Every file is committed whole (no LFS)."""
 
     def log_message(self, *_: object) -> None:
-        """Says nothing."""
+        """Log nothing."""
 
     def reply(self, content: object, status: int = 200) -> None:
         body = json.dumps(content).encode()
@@ -48,9 +48,9 @@ class Hub(BaseHTTPRequestHandler):
             self.end_headers()
             self.wfile.write(content if body else b"")
         elif "/tree/" in path:
-            self.reply([{"type": "file", "path": one, "size": len(files[one]), "oid": "0" * 40} for one in files])
+            self.reply([{"type": "file", "path": path, "size": len(files[path]), "oid": "0" * 40} for path in files])
         else:
-            self.reply({"siblings": [{"rfilename": one} for one in files], "sha": COMMIT, "id": name})
+            self.reply({"siblings": [{"rfilename": path} for path in files], "sha": COMMIT, "id": name})
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
@@ -63,8 +63,8 @@ class Hub(BaseHTTPRequestHandler):
             repositories.setdefault(name, {})
             self.reply({"url": f"http://{self.headers['Host']}/{name}"})
         elif path.endswith("/preupload/main"):
-            files = [{"path": one["path"], "uploadMode": "regular"} for one in json.loads(body)["files"]]
-            self.reply({"files": [{**one, "shouldIgnore": False} for one in files]})
+            files = [{"path": file["path"], "uploadMode": "regular"} for file in json.loads(body)["files"]]
+            self.reply({"files": [{**file, "shouldIgnore": False} for file in files]})
         elif path.endswith("/commit/main"):
             repository = repositories[path.removeprefix("/api/models/").removesuffix("/commit/main")]
             for line in map(json.loads, body.splitlines()):
@@ -84,7 +84,7 @@ class Hub(BaseHTTPRequestHandler):
 
 @contextmanager
 def hub() -> Iterator[tuple[str, dict[str, dict[str, bytes]]]]:
-    """The address of a running hub, and its repositories."""
+    """Start a hub; yield its address and its repositories."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     server.repositories = {}
     threading.Thread(target=server.serve_forever, daemon=True).start()

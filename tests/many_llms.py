@@ -1,4 +1,4 @@
-"""Small LLMs of every kind that the engine must answer for, and questions that share pictures."""
+"""Small LLMs of every kind that the engine supports, and questions that share images."""
 
 import random
 
@@ -58,7 +58,7 @@ OTHERS = {
 
 
 def grouped(picture_count: int, seed: int = 0) -> list[Sample]:
-    """Questions of several lengths, six on a picture, some on two, some on none, some with a system message."""
+    """Questions of several lengths: six on each image, some on two images, some on none, some with a system message."""
     rng, samples = random.Random(seed), []
     for number in range(picture_count):
         for at in range(6):

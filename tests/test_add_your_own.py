@@ -1,4 +1,4 @@
-"""The pages docs/add-your-own-*.md, done as they say: their files, commands and Python, outside the package."""
+"""Follow the pages docs/add-your-own-*.md outside the package: write their files, run their commands and Python."""
 
 import importlib
 import json
@@ -16,15 +16,15 @@ from PIL import Image
 from torch import nn
 from transformers import AutoModelForImageTextToText, LlavaForConditionalGeneration
 
-from tests.cli_tools import Said, command_line  # noqa: F401 (the fixture `tinyllava`)
+from tests.cli_tools import CommandResult, run_command_line  # noqa: F401 (the fixture `tinyllava`)
 from tests.conftest import CLIP, tiny_model
 from tests.tiny_session import corpus
-from tinyllava.config import ModelSpec, load_recipe
-from tinyllava.data.stamps import prepare
+from tests.tiny_vlm import build_tiny
+from tinyllava import checkpoint
+from tinyllava.config import load_recipe
 from tinyllava.errors import UserError
 from tinyllava.factory import TRUST, Factory
-from tinyllava.model import checkpoint
-from tinyllava.model.build import build
+from tinyllava.stamps import prepare_tier
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs").glob("add-your-own-*.md"))
@@ -40,12 +40,12 @@ def blocks(page: Path) -> list[tuple[str, str]]:
 
 @pytest.fixture(scope="module")
 def stamps(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return prepare(tmp_path_factory.mktemp("stamps"), "tiny", scale=0.005)
+    return prepare_tier(tmp_path_factory.mktemp("stamps"), "tiny", scale=0.005)
 
 
 @pytest.fixture
 def desk(tmp_path: Path, stamps: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A directory of one's own, as a user has it: nothing in it is part of a package or on the path."""
+    """A user's directory: nothing in it is part of a package or on the import path."""
     (tmp_path / "my_data.json").write_text((stamps / "instructions.json").read_text())
     (tmp_path / "my_pictures").symlink_to(stamps, target_is_directory=True)
     Image.new("RGB", (80, 60), "green").save(tmp_path / "cat.png")
@@ -59,7 +59,7 @@ def desk(tmp_path: Path, stamps: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def shortened(command: list[str], stamps: Path) -> list[str]:
-    """Two steps of each stage on little data, with tiny parts where a recipe takes the quickstart's."""
+    """Change a command to two steps per stage on little data, with tiny parts in place of the quickstart's."""
     if command[0] not in ("look", "train"):
         return command
     own = load_recipe(command[1]).model
@@ -77,7 +77,7 @@ def shortened(command: list[str], stamps: Path) -> list[str]:
 
 
 def trusting(line: str) -> tuple[str | None, list[str]]:
-    """The module that a command line trusts, and its words after `tinyllava`."""
+    """The module that a command line trusts, and the words after `tinyllava`."""
     words = shlex.split(line, comments=True)
     trust = words.pop(0).removeprefix(f"{TRUST}=") if words[0].startswith(TRUST) else None
     assert words[0] == "tinyllava", line
@@ -86,7 +86,7 @@ def trusting(line: str) -> tuple[str | None, list[str]]:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem.removeprefix("add-your-own-"))
 def test_the_page_does_what_it_says(
-    page: Path, desk: Path, stamps: Path, tinyllava: Callable[..., Said], monkeypatch: pytest.MonkeyPatch
+    page: Path, desk: Path, stamps: Path, tinyllava: Callable[..., CommandResult], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trained = []
     for language, text in blocks(page):
@@ -100,8 +100,8 @@ def test_the_page_does_what_it_says(
                 with monkeypatch.context() as environment:
                     if trust:
                         environment.setenv(TRUST, trust)
-                    said = tinyllava(*shortened(words, stamps), stdin="What is this?\n")
-                assert said.code == 0, f"{line}\n{said.out[-2000:]}\n{said.err[-3000:]}"
+                    result = tinyllava(*shortened(words, stamps), stdin="What is this?\n")
+                assert result.code == 0, f"{line}\n{result.out[-2000:]}\n{result.err[-3000:]}"
                 if words[0] == "train":
                     trained.append(words[1].removesuffix(".yaml"))
     assert trained
@@ -110,27 +110,27 @@ def test_the_page_does_what_it_says(
 
 
 def assert_trained(run: Path, page: Path) -> None:
-    """Both stages moved the weights, and the last checkpoint is read back whole."""
-    model, processor, *_ = checkpoint.load(run / "finetune" / "final")
-    before, *_ = checkpoint.load(run / "pretrain" / "final")
+    """Check that both stages changed the weights, and that the last checkpoint can be loaded."""
+    vlm = checkpoint.load(run / "finetune" / "final")
+    model, processor = vlm.model, vlm.processor
+    before = checkpoint.load(run / "pretrain" / "final").model
     later, earlier = dict(model.named_parameters()), dict(before.named_parameters())
     assert any(not torch.equal(later[name], earlier[name]) for name in earlier if name in later)
-    pixels = processor.pixels([Image.open("cat.png")])
+    pixels = processor.to_pixels([Image.open("cat.png")])
     with torch.no_grad():
         tokens = model.model.get_image_features(pixels).pooler_output[0]
     assert tokens.shape == (processor.tokens_per_image, model.config.text_config.hidden_size)
 
 
 def written(page: str, name: str) -> None:
-    """Put a file of a page on the desk."""
+    """Write a file of the page into the directory."""
     texts = [text for _, text in blocks(ROOT / "docs" / f"add-your-own-{page}.md")]
     (text,) = (text for text in texts if (named := NAME.match(text)) and named[1] == name)
     Path(name).write_text(text, encoding="utf-8")
 
 
 def saved(folder: Path, **model: object) -> Path:
-    built, processor, template = build(ModelSpec.model_validate(tiny_model(**model)), corpus)
-    checkpoint.save(built, processor, template, folder)
+    checkpoint.save(build_tiny(tiny_model(**model), corpus()), folder)
     return folder
 
 
@@ -150,7 +150,7 @@ def test_a_checkpoint_that_names_code_loads_only_when_it_is_trusted(
     for load in (checkpoint.load, AutoModelForImageTextToText.from_pretrained):
         with pytest.raises(UserError) as error:
             load(folder)
-        assert f"the checkpoint's {part} is code of its author's or yours, {module}:" in str(error.value)
+        assert f"the checkpoint's {part} is code outside this package, {module}:" in str(error.value)
         assert f"`import {module}` before you load, or set {TRUST}={module}." in str(error.value)
         assert module not in sys.modules and len(str(error.value).splitlines()) == 2
     with monkeypatch.context() as environment:
@@ -169,7 +169,8 @@ def test_a_tower_that_transformers_has_needs_no_file_to_be_loaded(desk: Path) ->
     Path("my_vit.py").unlink()
     del sys.modules["my_vit"]
     Factory("vision_towers").registered.clear()
-    ours, processor, *_ = checkpoint.load(folder)
+    vlm = checkpoint.load(folder)
+    ours, processor = vlm.model, vlm.processor
     ids = torch.full((1, processor.tokens_per_image), ours.config.image_token_id)
     inputs = {"input_ids": ids, "pixel_values": torch.randn(1, 3, 32, 32)}
     with torch.no_grad():
@@ -192,14 +193,14 @@ def test_what_a_notebook_registers_works_under_its_name(desk: Path, monkeypatch:
     connectors = Factory("connectors")
     monkeypatch.setattr(connectors, "registered", {"mine": Mine})
     folder = saved(desk / "checkpoint", connector="mine")
-    assert type(checkpoint.load(folder)[0].model.multi_modal_projector) is Mine
+    assert type(checkpoint.load(folder).model.model.multi_modal_projector) is Mine
     connectors.registered.clear()
     with pytest.raises(UserError, match=r"unknown connector 'mine'.*Known: identity, linear"):
         checkpoint.load(folder)
 
 
-def test_a_tower_that_nobody_knows_says_how_to_make_it_known(desk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Read in a process of its own: what the Auto classes were told cannot be taken back."""
+def test_the_error_for_an_unknown_tower_says_how_to_register_it(desk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It runs in a separate process, because classes cannot be removed from the Auto classes again."""
     written("vision-tower", "my_tower.py")
     monkeypatch.syspath_prepend(desk)
     Factory("vision_towers").register("my_tower", importlib.import_module("my_tower").VisionTower)
@@ -211,8 +212,10 @@ def test_a_tower_that_nobody_knows_says_how_to_make_it_known(desk: Path, monkeyp
     assert "my_tower. If the part is yours, import the module that registers it first." in done.stderr
 
 
-def test_own_code_that_is_not_what_it_should_be() -> None:
+def test_wrong_own_code_is_refused() -> None:
     with pytest.raises(UserError, match=r"cannot load vision tower 'nothing_here:X': No module named"):
-        build(ModelSpec.model_validate(tiny_model(vision_tower={**TOWER, "family": "nothing_here:X"})))
-    with pytest.raises(UserError, match=r"connector math:sqrt is <built-in function sqrt>, no class of torch modules"):
-        build(ModelSpec.model_validate(tiny_model(connector="math:sqrt")), corpus)
+        build_tiny(tiny_model(vision_tower={**TOWER, "family": "nothing_here:X"}))
+    with pytest.raises(
+        UserError, match=r"connector math:sqrt is <built-in function sqrt>, expected a subclass of torch\.nn\.Module"
+    ):
+        build_tiny(tiny_model(connector="math:sqrt"))

@@ -1,4 +1,4 @@
-"""The command line as its user meets it: what it offers, and one clear line for whatever is wrong."""
+"""The command line: its commands and options, and one clear line for each error."""
 
 import json
 import subprocess
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from typer.main import get_command
 
-from tests.cli_tools import Said, assert_refused, command_line, recipe, written  # noqa: F401  (the fixture `tinyllava`)
+from tests.cli_tools import CommandResult, assert_refused, recipe, run_command_line, write_recipe  # noqa: F401  (the fixture `tinyllava`)
 from tinyllava import cli
 from tinyllava.commands import parts
 from tinyllava.factory import KINDS, Factory
@@ -31,15 +31,15 @@ SURFACE = {  # growth is a decision: a new verb or option is added here, with a 
 # -- what there is -----------------------------------------------------------------------------------------------------
 
 
-def test_the_surface_is_what_was_decided() -> None:
+def test_commands_and_options_are_those_listed_here() -> None:
     def parameters(command: object) -> list[str]:
         return [one.name if one.param_type_name == "argument" else one.opts[-1] for one in command.params]
 
     group = get_command(cli.app)
     assert parameters(group) == ["--debug"]
-    found = {name: parameters(one) for name, one in group.commands.items() if name != "data"}
-    found |= {f"data {name}": parameters(one) for name, one in group.commands["data"].commands.items()}
-    assert found == SURFACE
+    actual = {name: parameters(one) for name, one in group.commands.items() if name != "data"}
+    actual |= {f"data {name}": parameters(one) for name, one in group.commands["data"].commands.items()}
+    assert actual == SURFACE
 
 
 def test_help_and_list_import_nothing_heavy() -> None:
@@ -53,27 +53,31 @@ def test_help_and_list_import_nothing_heavy() -> None:
     assert done.returncode == 0, f"imported: {done.stderr}"
 
 
-def test_help_names_every_command(tinyllava: Callable[..., Said]) -> None:
+def test_help_names_every_command(tinyllava: Callable[..., CommandResult]) -> None:
     for arguments in ([], ["--help"], ["-h"]):
-        said = tinyllava(*arguments)
-        assert all(command.split()[0] in said.out for command in SURFACE), arguments
-        assert "error" not in said.err
+        result = tinyllava(*arguments)
+        assert all(command.split()[0] in result.out for command in SURFACE), arguments
+        assert "error" not in result.err
     assert "learning_rate=1e-4" in tinyllava("train", "--help").out
 
 
-def test_list_shows_every_part_and_what_it_is(tinyllava: Callable[..., Said]) -> None:
+def test_list_shows_every_part_and_what_it_is(
+    tinyllava: Callable[..., CommandResult], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for kind in KINDS:  # of this process, where tests before this one have registered parts
+        monkeypatch.setattr(Factory(kind), "registered", {})
     everything = tinyllava("list").out
     for kind in KINDS:
-        names = Factory(kind).names()
+        names = Factory(kind).list_names()
         shown = tinyllava("list", kind).out
         assert kind in everything and all(name in everything and name in shown for name in names)
         for name in names:
-            line = parts.first_line(Factory(kind).path(name))
+            line = parts.read_first_line(Factory(kind).find_path(name))
             assert len(line) > 20 and not line.startswith(("#", "`")), f"{kind}/{name} does not say what it is"
             assert line.split()[0] in shown
 
 
-def test_list_shows_what_was_registered(tinyllava: Callable[..., Said], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_list_shows_registered_parts(tinyllava: Callable[..., CommandResult], monkeypatch: pytest.MonkeyPatch) -> None:
     class Mine:
         """Folds features in half."""
 
@@ -101,7 +105,7 @@ def test_list_shows_what_was_registered(tinyllava: Callable[..., Said], monkeypa
         (["look", "quickstart", "stages.finetune.tune.llm=lroa"], ["unknown tuning 'lroa'", "did you mean 'lora'"]),
         (["train", "quickstart", "eval=[pope]"], ["pope", "--data"]),
         (["list", "recepies"], ["recepies", "did you mean 'recipes'"]),
-        (["chat", "nowhere"], ["nowhere", "is no directory"]),
+        (["chat", "nowhere"], ["nowhere", "is not a directory"]),
         (["chat", "nowhere", "--temperature", "hot"], ["--temperature", "valid number"]),
         (["eval", "nowhere", "--tasks", "pop"], ["unknown benchmark 'pop'", "did you mean 'pope'"]),
         (["eval", "nowhere"], ["--tasks"]),
@@ -110,16 +114,16 @@ def test_list_shows_what_was_registered(tinyllava: Callable[..., Said], monkeypa
         (["data", "check", "missing.json"], ["missing.json", "not found"]),
     ],
 )
-def test_a_mistake_is_answered_in_a_line(
-    tinyllava: Callable[..., Said], arguments: list[str], facts: list[str]
+def test_a_mistake_gives_an_error_of_one_line(
+    tinyllava: Callable[..., CommandResult], arguments: list[str], facts: list[str]
 ) -> None:
     assert_refused(tinyllava(*arguments), *facts)
 
 
-def test_a_recipe_that_asks_for_what_is_not_there(
-    tinyllava: Callable[..., Said], tmp_path: Path, pictures: Path
+def test_a_recipe_with_missing_files_is_refused(
+    tinyllava: Callable[..., CommandResult], tmp_path: Path, pictures: Path
 ) -> None:
-    path = written(tmp_path, recipe(pictures))
+    path = write_recipe(tmp_path, recipe(pictures))
     assert_refused(tinyllava("look", path, "model.llm=nobody/no-such-llm"), "nobody/no-such-llm", "local directory")
     gone = tinyllava("look", path, f"stages.pretrain.data=[{{path: {tmp_path}/gone.json}}]")
     assert_refused(gone, "gone.json", "not found")
@@ -129,39 +133,41 @@ def test_a_recipe_that_asks_for_what_is_not_there(
     assert_refused(folder, f"{tmp_path}/no", "images")
 
 
-def test_a_half_written_checkpoint_is_refused(tinyllava: Callable[..., Said], tmp_path: Path) -> None:
+def test_a_half_written_checkpoint_is_refused(tinyllava: Callable[..., CommandResult], tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llava"}))
-    assert_refused(tinyllava("chat", tmp_path, "--prompt", "hi"), "half written")
+    assert_refused(tinyllava("chat", tmp_path, "--prompt", "hi"), "incomplete")
 
 
-def test_debug_shows_where_wherever_it_stands(tinyllava: Callable[..., Said]) -> None:
+def test_debug_shows_the_traceback_before_and_after_the_command(tinyllava: Callable[..., CommandResult]) -> None:
     for arguments in (["--debug", "list", "recepies"], ["list", "recepies", "--debug"]):
-        said = tinyllava(*arguments)
-        assert said.code == 2
-        assert "Traceback" in said.err and "factory.py" in said.err
-        assert said.err.rstrip().splitlines()[-1].startswith("error: ")
+        result = tinyllava(*arguments)
+        assert result.code == 2
+        assert "Traceback" in result.err and "factory.py" in result.err
+        assert result.err.rstrip().splitlines()[-1].startswith("error: ")
 
 
-def test_a_full_or_forbidden_disk_is_no_traceback(
-    tinyllava: Callable[..., Said], monkeypatch: pytest.MonkeyPatch
+def test_a_full_or_forbidden_disk_gives_an_error_without_traceback(
+    tinyllava: Callable[..., CommandResult], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device", "runs/x")
 
-    monkeypatch.setattr(parts, "show", full)
+    monkeypatch.setattr(parts, "show_parts", full)
     assert_refused(tinyllava("list"), "No space left on device", "runs/x")
 
 
-def test_an_interrupted_run_says_how_to_go_on(tinyllava: Callable[..., Said], tmp_path: Path, pictures: Path) -> None:
+def test_an_interrupted_run_says_how_to_resume(
+    tinyllava: Callable[..., CommandResult], tmp_path: Path, pictures: Path
+) -> None:
     from tinyllava.train import stage
 
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    path = written(tmp_path, recipe(pictures))
+    path = write_recipe(tmp_path, recipe(pictures))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stage, "run", interrupted)
-        said = tinyllava("train", path, "seed=3", "--output", tmp_path / "my run", "--overwrite")
-    assert said.code == 130 and "Traceback" not in said.err
-    assert f"tinyllava train {path} seed=3 --output '{tmp_path / 'my run'}'" in said.err
-    assert "--overwrite" not in said.err
+        result = tinyllava("train", path, "seed=3", "--output", tmp_path / "my run", "--overwrite")
+    assert result.code == 130 and "Traceback" not in result.err
+    assert f"tinyllava train {path} seed=3 --output '{tmp_path / 'my run'}'" in result.err
+    assert "--overwrite" not in result.err

@@ -49,7 +49,7 @@ def test_an_experiment_is_a_diff(base: Path) -> None:
     assert recipe.stages["one"].tune.llm.tuning == {"lora": {"r": 128, "alpha": 256}}
     assert recipe.stages["one"].trainer == {"learning_rate": 1e-3, "weight_decay": 0.1}
     assert recipe.model.connector == {"mlp": {"layers": 3}}
-    assert recipe.fingerprint() != load_recipe(str(base)).fingerprint()
+    assert recipe.compute_hash() != load_recipe(str(base)).compute_hash()
 
 
 def test_a_resolved_recipe_reads_back(base: Path) -> None:
@@ -109,5 +109,15 @@ def test_unknown_and_broken_recipes(tmp_path: Path) -> None:
 
 
 def test_every_recipe_of_the_package_parses() -> None:
-    for name in Factory("recipes").names():
+    for name in Factory("recipes").list_names():
         assert load_recipe(name).stages
+
+
+def test_a_file_that_is_no_recipe_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("- a\n- b\n")
+    with pytest.raises(UserError, match=r"cannot read recipe .*mine\.yaml: found a list instead of keys with values"):
+        load_recipe(str(path))
+    path.write_bytes(b"base: quickstart \x86\xff")
+    with pytest.raises(UserError, match=r"cannot read recipe .*mine\.yaml: unacceptable character"):
+        load_recipe(str(path))

@@ -1,4 +1,4 @@
-"""The pages of docs/: their commands are commands, their recipes recipes, their links lead somewhere."""
+"""The pages of docs/: their commands and recipes are valid, and their links have a target."""
 
 import re
 import shlex
@@ -24,15 +24,15 @@ def blocks(page: Path, *languages: str) -> list[str]:
 
 
 def commands(page: Path) -> list[list[str]]:
-    """The arguments of every `tinyllava` command on a page: as such, behind a variable, or behind torchrun."""
+    """The arguments of every `tinyllava` command on a page, also after a variable or after torchrun."""
     text = "\n".join(blocks(page, "bash", "sh", "console")).replace("\\\n", " ")
     lines = [re.sub(r"^\$ ", "", line.strip()) for line in text.splitlines()]
-    found = [re.match(r"(?:time )?(?:\w+=\S+ )*(?:torchrun .*?-m )?tinyllava( .*|$)", line) for line in lines]
-    return [shlex.split(match[1], comments=True) for match in found if match]
+    actual = [re.match(r"(?:time )?(?:\w+=\S+ )*(?:torchrun .*?-m )?tinyllava( .*|$)", line) for line in lines]
+    return [shlex.split(match[1], comments=True) for match in actual if match]
 
 
 def parse(arguments: list[str]) -> typer.Context:
-    """The context that a command would run in; raises for arguments that it does not take."""
+    """Parse a command and return its context. Raises an error for wrong arguments."""
     context, command = None, get_command(cli.app)
     while True:
         context = command.make_context(arguments[0] if arguments else "", list(arguments), parent=context)
@@ -42,16 +42,16 @@ def parse(arguments: list[str]) -> typer.Context:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_commands_are_taken_as_they_stand(page: Path) -> None:
+def test_commands_are_valid(page: Path) -> None:
     for arguments in commands(page):
         context = parse(arguments)
         recipe = context.params.get("recipe")
         if recipe and not recipe.endswith((".yaml", ".yml")):
-            assert recipe in Factory("recipes").names(), f"{page.name}: no recipe {recipe}"
+            assert recipe in Factory("recipes").list_names(), f"{page.name}: no recipe {recipe}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_links_lead_somewhere(page: Path) -> None:
+def test_links_have_a_target(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text(encoding="utf-8")):
         if not target.startswith(("http", "mailto")):
             assert (page.parent / target).exists(), f"{page.name} links to {target}"

@@ -1,4 +1,4 @@
-"""The file name is the key: one dropped file is a new part, wherever the package lies."""
+"""The file name is the key: one new file is a new part, wherever the package is installed."""
 
 import shutil
 import subprocess
@@ -7,6 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import CLIP, DINOV2, tiny_model
+from tests.tiny_vlm import build_tiny
+from tinyllava import checkpoint
+from tinyllava.commands.split import write_llm
 from tinyllava.errors import UserError
 from tinyllava.factory import KINDS, Factory
 
@@ -31,23 +35,18 @@ USE = """
 import sys
 sys.path.insert(0, {tests!r})
 from tests.conftest import tiny_model
-import torch, tinyllava
-from tinyllava.config import ModelSpec
-from tinyllava.data.sample import Sample
+from tests.tiny_vlm import build_tiny
+import tinyllava
 from tinyllava.factory import Factory
-from tinyllava.model import checkpoint
-from tinyllava.model.build import build
+from tinyllava import checkpoint
 
 assert tinyllava.__file__.startswith({package!r}), tinyllava.__file__
-assert "halve" in Factory("connectors").names()
-turns = [{{"from": "human", "value": "<image>\\nQ"}}, {{"from": "gpt", "value": "A"}}]
-record = {{"id": "a", "image": "a", "conversations": turns}}
-spec = ModelSpec.model_validate(tiny_model(connector={{"halve": {{"bias": False}}}}))
-model, processor, template = build(spec, lambda: [Sample.from_llava(record)])
-assert processor.tokens_per_image == 8 and model.model.multi_modal_projector.linear.bias is None
-checkpoint.save(model, processor, template, __import__("pathlib").Path({out!r}))
-loaded, again, _, record = checkpoint.load({out!r})
-assert again.tokens_per_image == 8 and not record["plain"]
+assert "halve" in Factory("connectors").list_names()
+vlm = build_tiny(tiny_model(connector={{"halve": {{"bias": False}}}}))
+assert vlm.processor.tokens_per_image == 8 and vlm.model.model.multi_modal_projector.linear.bias is None
+checkpoint.save(vlm, __import__("pathlib").Path({out!r}))
+loaded = checkpoint.load({out!r})
+assert loaded.processor.tokens_per_image == 8 and not loaded.record["plain"]
 print("adding a connector took one file")
 """
 
@@ -61,13 +60,64 @@ def test_a_connector_is_added_by_dropping_one_file(tmp_path: Path) -> None:
     assert "took one file" in done.stdout, done.stderr[-2000:]
 
 
+OPENELM = {"model_type": "openelm", "model_dim": 32, "head_dim": 8, "num_transformer_layers": 2, "ffn_dim_divisor": 16}
+LOAD = """
+import sys
+from pathlib import Path
+from transformers import AutoModelForImageTextToText
+import tinyllava.model.modeling
+from tinyllava.config import LLMSpec, VisionTowerSpec
+from tinyllava.model.parts import read_part_config
+
+def imported():
+    return sorted(name for name in sys.modules if name.startswith(("tinyllava.llms.", "tinyllava.vision_towers.")))
+
+assert imported() == [], imported()
+what, folder = sys.argv[1:]
+if what == "auto":
+    model = AutoModelForImageTextToText.from_pretrained(folder).model
+    names = type(model.language_model).__name__, type(model.vision_tower).__name__
+    assert names == ("OpenELMModel", "Mof"), names
+elif what == "llm":
+    assert read_part_config("llm", LLMSpec(name=folder)).model_type == "openelm"
+elif what == "vision_tower":
+    assert read_part_config("vision_tower", VisionTowerSpec(name=folder)).model_type == "mof"
+else:
+    from tinyllava import checkpoint
+    assert checkpoint.load(folder).model.config.text_config.model_type == "openelm"
+print(imported())
+"""
+
+
+@pytest.fixture(scope="module")
+def own_classes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A checkpoint with an LLM and a vision tower that transformers does not have, and a directory for each."""
+    folder = tmp_path_factory.mktemp("own_classes")
+    vlm = build_tiny(tiny_model(llm=OPENELM, tower={"model_type": "mof", "first": CLIP, "second": DINOV2}))
+    checkpoint.save(vlm, folder / "whole")
+    vlm.model.model.vision_tower.save_pretrained(folder / "vision_tower")
+    write_llm(vlm.model, folder / "llm")
+    whole = dict.fromkeys(("auto", "checkpoint"), folder / "whole")
+    return {**whole, "llm": folder / "llm", "vision_tower": folder / "vision_tower"}
+
+
+@pytest.mark.parametrize("what", ["auto", "checkpoint", "llm", "vision_tower"])
+def test_a_file_is_imported_when_a_config_names_it_and_not_before(what: str, own_classes: dict[str, Path]) -> None:
+    """The package's files for OpenELM and for mixtures register classes that transformers does not have."""
+    command = [sys.executable, "-c", LOAD, what, str(own_classes[what])]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert ("tinyllava.llms.openelm" in done.stdout) == (what != "vision_tower")
+    assert "tinyllava.llms.phi" not in done.stdout
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_listed_part_is_there(kind: str) -> None:
-    names = Factory(kind).names()
+    names = Factory(kind).list_names()
     assert names and all(Factory(kind).get(name) is not None for name in names)
 
 
-def test_unknown_names_say_the_nearest() -> None:
+def test_errors_for_unknown_names_name_the_nearest() -> None:
     with pytest.raises(UserError, match=r"unknown connector 'liner'; did you mean 'linear'\?.*identity, linear, mlp"):
         Factory("connectors").get("liner")
     with pytest.raises(UserError, match=r"unknown kind of part .connector.; did you mean .connectors."):
@@ -83,5 +133,5 @@ def test_short_names_options_and_own_code() -> None:
     with pytest.raises(UserError, match=r"cannot load connector 'nothing\.here:X'"):
         Factory("connectors").get("nothing.here:X")
     Factory("connectors").register("mine", dict)
-    assert Factory("connectors").get("mine") is dict and "mine" in Factory("connectors").names()
+    assert Factory("connectors").get("mine") is dict and "mine" in Factory("connectors").list_names()
     Factory("connectors").registered.pop("mine")

@@ -1,4 +1,4 @@
-"""Every LLM x every tower x every connector x every tuning lives a whole life: build, train, save, load, generate.
+"""Combine LLMs, towers, connectors and tunings: each model is built, trained, saved, loaded, and generates.
 
 The whole product has 3072 cases, so a fixed sample of it is run in which every pair of an LLM with a tower or a tuning,
 of a connector with a tower or a tuning, and of a tower with a tuning occurs. The rest:
@@ -19,14 +19,15 @@ from PIL import Image
 from tests.conftest import CLIP, DINOV2, DINOV2_REGISTERS, DINOV3, SIGLIP
 from tests.llms.tiny_llms import LLMS
 from tests.tiny_session import WORDS, corpus
-from tinyllava.config import ModelSpec, TokenizerSpec, Tune
+from tests.tiny_vlm import build_tiny
+from tinyllava import checkpoint
+from tinyllava.config import TokenizerSpec, Tune
 from tinyllava.data.encode import expand
 from tinyllava.data.sample import Message, Sample
 from tinyllava.data.template import Template, add_image_token
+from tinyllava.data.tokenizer import train_tokenizer
 from tinyllava.infer import Session
-from tinyllava.model import checkpoint
-from tinyllava.model.build import build
-from tinyllava.model.parts import train_tokenizer
+from tinyllava.model.vlm import VLM
 from tinyllava.train.tune import apply_tuning
 
 WIDE = {"hidden_size": 32, "image_size": 32}  # as wide as the LLMs, so that `identity` fits
@@ -63,8 +64,8 @@ PAIRS = ((0, 1), (1, 2), (0, 3), (2, 3), (1, 3))  # of axes, all of whose values
 Case = tuple[str, ...]
 
 
-def sample_of(cases: list[Case]) -> list[Case]:
-    """Few cases that hold every pair: each one of those that hold the most pairs not yet met, of the rarest values."""
+def choose_sample(cases: list[Case]) -> list[Case]:
+    """Choose few cases that contain every pair. Each next case has the most new pairs; if equal, the rarest values."""
     pairs = {case: {(pair, case[pair[0]], case[pair[1]]) for pair in PAIRS} for case in cases}
     left, seen, chosen = set().union(*pairs.values()), Counter(), []
     while left:
@@ -77,13 +78,13 @@ def sample_of(cases: list[Case]) -> list[Case]:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "case" in metafunc.fixturenames:
         cases = list(product(*AXES))
-        chosen = cases if metafunc.config.getoption("full_matrix") else sample_of(cases)
+        chosen = cases if metafunc.config.getoption("full_matrix") else choose_sample(cases)
         metafunc.parametrize("case", chosen, ids="-".join)
 
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tokenizer that all models share: training one takes longer than all else."""
+    """A tokenizer for all models, because training one takes longer than everything else."""
     folder = tmp_path_factory.mktemp("tokenizer")
     trained = train_tokenizer(Template.load("llama"), corpus(), TokenizerSpec(vocab_size=320).vocab_size)
     add_image_token(trained)
@@ -91,20 +92,20 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def batch_of(model: Any, processor: Any, template: Template) -> dict[str, torch.Tensor]:
-    """One picture, one question, one answer, as training makes them."""
+def make_batch(vlm: VLM) -> dict[str, torch.Tensor]:
+    """A batch of one image, one question and one answer, as in training."""
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 50, 3), dtype=np.uint8))
     sample = Sample([Message("user", f"<image>\n{WORDS[0]}"), Message("assistant", WORDS[1])], [picture])
-    row = template.encode(sample, processor.tokenizer)
+    row = vlm.template.encode(sample, vlm.tokenizer)
     ids, labels = (np.array(row[name]) for name in ("input_ids", "labels"))
-    ids, labels = expand(ids, labels, model.config.image_token_id, processor.tokens_per_image)
+    ids, labels = expand(ids, labels, vlm.model.config.image_token_id, vlm.processor.tokens_per_image)
     assert 0 < (labels != -100).sum() < len(WORDS[1])
-    pixels = processor.pixels([picture])
+    pixels = vlm.processor.to_pixels([picture])
     return {"input_ids": torch.tensor(ids)[None], "labels": torch.tensor(labels)[None], "pixel_values": pixels}
 
 
-def trained_on(model: Any, batch: dict[str, torch.Tensor], steps: int = 2) -> list[float]:
-    """The losses before, between and after the steps."""
+def train_on(model: Any, batch: dict[str, torch.Tensor], steps: int = 2) -> list[float]:
+    """Train a few steps; returns the losses before, between and after them."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-4)
     losses = []
     model.train()
@@ -119,7 +120,7 @@ def trained_on(model: Any, batch: dict[str, torch.Tensor], steps: int = 2) -> li
         return [*losses, model(**batch).loss.item()]
 
 
-def test_it_lives(case: Case, tokenizer: Path, tmp_path: Path) -> None:
+def test_a_model_is_built_trained_saved_loaded_and_generates(case: Case, tokenizer: Path, tmp_path: Path) -> None:
     llm, tower, connector, tuning = case
     spec = {
         "llm": {"config": LLMS[llm], "tokenizer": str(tokenizer)},
@@ -127,30 +128,31 @@ def test_it_lives(case: Case, tokenizer: Path, tmp_path: Path) -> None:
         "connector": CONNECTORS[connector],
         "template": "llama",
     }
-    model, processor, template = build(ModelSpec.model_validate(spec))
+    vlm = build_tiny(spec)
+    model = vlm.model
     tune = {"vision_tower": TUNINGS[tuning], "llm": TUNINGS[tuning], "connector": "full"}
     if (connector, tuning) == ("identity", "frozen"):  # nothing of it can be trained
         tune["vision_tower"] = TUNINGS["partial"]
     rows = {row.part: row.trainable for row in apply_tuning(model, Tune.model_validate(tune), seed=0)}
     assert bool(rows["llm"]) == (tuning != "frozen") and bool(rows["connector"]) == (connector != "identity")
 
-    batch = batch_of(model, processor, template)
-    losses = trained_on(model, batch)
+    batch = make_batch(vlm)
+    losses = train_on(model, batch)
     assert all(np.isfinite(losses)) and all(later < earlier for earlier, later in pairwise(losses)), losses
 
-    checkpoint.save(model.eval(), processor, template, tmp_path)
-    loaded, again, same_template, _ = checkpoint.load(tmp_path)
+    model.eval()
+    checkpoint.save(vlm, tmp_path)
+    loaded = checkpoint.load(tmp_path)
     inputs = {name: batch[name] for name in ("input_ids", "pixel_values")}
     with torch.no_grad():
-        torch.testing.assert_close(loaded(**inputs).logits, model(**inputs).logits, rtol=0, atol=0)
+        torch.testing.assert_close(loaded.model(**inputs).logits, model(**inputs).logits, rtol=0, atol=0)
     question = Sample([Message("user", f"<image>\n{WORDS[0]}")], [Image.new("RGB", (40, 50), "teal")])
-    sessions = Session(model, processor, template), Session(loaded, again, same_template)
-    answers = [session.generate([question], max_new_tokens=3) for session in sessions]
+    answers = [Session(one).generate([question], max_new_tokens=3) for one in (vlm, loaded)]
     assert answers[0] == answers[1]
 
 
-def test_the_sample_holds_every_pair() -> None:
-    cases = sample_of(list(product(*AXES)))
+def test_the_sample_contains_every_pair() -> None:
+    cases = choose_sample(list(product(*AXES)))
     for one, other in PAIRS:
         assert {(case[one], case[other]) for case in cases} == set(product(AXES[one], AXES[other]))
     assert len(cases) < 120

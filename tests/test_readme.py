@@ -1,5 +1,9 @@
-"""The README's commands and Python run as they stand there, on a small dataset and for a few steps."""
+"""The README's commands and its Python run unchanged, on a small dataset and for a few steps.
 
+The output in it is checked too: the comment in the Python block, and the picture with answers.
+"""
+
+import base64
 import os
 import re
 import shlex
@@ -10,22 +14,23 @@ from pathlib import Path
 import pytest
 import yaml
 
+import tinyllava
 from tinyllava.config import Recipe, load_recipe
-from tinyllava.data.stamps import prepare
+from tinyllava.stamps import prepare_tier
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 FENCE = "`" * 3
 
 
-def blocks(language: str) -> list[str]:
-    """The fenced blocks of one language, in order, but for those of benchmarks (tests/test_docs.py reads these)."""
-    return re.findall(rf"{FENCE}{language}\n(.*?){FENCE}", README.split("\n## Scores")[0], flags=re.S)
+def read_blocks(language: str) -> list[str]:
+    """Return the fenced blocks of a language, in order, up to the section on benchmarks (test_docs.py reads those)."""
+    return re.findall(rf"{FENCE}{language}\n(.*?){FENCE}", README.split("\n## Evaluation")[0], flags=re.S)
 
 
-def commands() -> list[list[str]]:
-    """Every `tinyllava` command of the README, without its comment."""
-    lines = [line for block in blocks("bash") for line in block.splitlines()]
+def read_commands() -> list[list[str]]:
+    """Return every `tinyllava` command of the README, without its comment."""
+    lines = [line for block in read_blocks("bash") for line in block.splitlines()]
     return [shlex.split(line, comments=True) for line in lines if line.startswith("tinyllava ")]
 
 
@@ -33,16 +38,16 @@ def commands() -> list[list[str]]:
 def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory outside the repository, with a small stamps dataset that stands in for stamps:tiny."""
     folder = tmp_path_factory.mktemp("desk")
-    small = prepare(folder, "tiny", scale=0.01)
+    small = prepare_tier(folder, "tiny", scale=0.01)
     (folder / "stamps").symlink_to(small, target_is_directory=True)
     (folder / "my_data.json").write_text((small / "instructions.json").read_text())
-    (folder / "my_pictures").symlink_to(small, target_is_directory=True)
+    (folder / "my_images").symlink_to(small, target_is_directory=True)
     (folder / "docs").symlink_to(ROOT / "docs", target_is_directory=True)
     return folder
 
 
-def run(command: list[str], desk: Path, said: str = "") -> str:
-    """Run a command on the desk; returns what it printed on both streams."""
+def run_command(command: list[str], desk: Path, typed: str = "") -> str:
+    """Run a command in the directory `desk`, with `typed` as its input; return its output and its error output."""
     if command[1] in ("train", "look"):
         stages = {"pretrain": "captions", "finetune": "instructions"}
         command = [*command, *(f"stages.{s}.data=[{{path: stamps/{part}.json}}]" for s, part in stages.items())]
@@ -52,16 +57,16 @@ def run(command: list[str], desk: Path, said: str = "") -> str:
     command = [sys.executable, "-m", "tinyllava", *command[1:]]
     command += ["--data", "stamps"] if "train" in command else []
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "TINYLLAVA_CACHE": str(desk / "cache"), "COLUMNS": "120"}
-    done = subprocess.run(command, cwd=desk, input=said, capture_output=True, text=True, env=environment)
+    done = subprocess.run(command, cwd=desk, input=typed, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, f"{shlex.join(command)}\n{done.stdout[-1500:]}\n{done.stderr[-3000:]}"
     return done.stdout + done.stderr
 
 
 def test_the_readme_runs_from_top_to_bottom(desk: Path) -> None:
-    listed = commands()
-    assert {"train", "look", "chat", "list", "export", "data"} <= {command[1] for command in listed}
-    listed.sort(key=lambda command: {"train": 0, "export": 2}.get(command[1], 1))
-    shown = {shlex.join(command): run(command, desk, said="What is this?\n") for command in listed}
+    commands = read_commands()
+    assert {"train", "look", "chat", "list", "export", "data"} <= {command[1] for command in commands}
+    commands.sort(key=lambda command: {"train": 0, "export": 2}.get(command[1], 1))
+    shown = {shlex.join(command): run_command(command, desk, typed="What is this?\n") for command in commands}
     table = shown["tinyllava train quickstart"]
     assert "naming" in table and "blind" in table and "tinyllava chat runs/quickstart" in table
     assert "supervised" in shown["tinyllava look quickstart"] and "plain llava" in shown["tinyllava look quickstart"]
@@ -70,24 +75,44 @@ def test_the_readme_runs_from_top_to_bottom(desk: Path) -> None:
         assert (desk / "runs" / "quickstart" / "finetune" / name).is_file()
     assert (desk / "runs" / "quickstart" / "eval" / "stamps" / "samples.html").is_file()
     assert shown["tinyllava chat nano docs/stamps.png"].strip()
-    (code,) = blocks("python")
+
+
+def test_the_python_prints_the_output_that_the_readme_shows(desk: Path) -> None:
+    (code,) = read_blocks("python")
+    shown = re.findall(r"# prints: (.+)$", code, flags=re.MULTILINE)
+    assert len(shown) == code.count("print(") == 1
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], cwd=desk, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.splitlines() == shown
 
 
-def test_the_recipe_in_the_readme_is_one(tmp_path: Path) -> None:
-    (block,) = blocks("yaml")
+def test_the_picture_of_answers_shows_what_nano_answers() -> None:
+    """Every question and answer in docs/answers.svg, and the image between them, are those of docs/stamps.png."""
+    picture = (ROOT / "docs" / "answers.svg").read_text(encoding="utf-8")
+    pairs = re.findall(r'class="question"[^>]*>([^<]+)</text><text class="answer"[^>]*>([^<]+)</text>', picture)
+    assert len(pairs) == 5
+    assert base64.b64encode((ROOT / "docs" / "stamps.png").read_bytes()).decode() in picture
+    session = tinyllava.load("nano", device="cpu")
+    for question, answer in pairs:
+        session.reset()
+        assert session.chat(question, str(ROOT / "docs" / "stamps.png")) == answer
+
+
+def test_the_recipe_in_the_readme_is_valid(tmp_path: Path) -> None:
+    (block,) = read_blocks("yaml")
     assert Recipe.model_validate(yaml.safe_load(block))
     path = tmp_path / "my-recipe.yaml"
     path.write_text(block)
     assert list(load_recipe(str(path)).stages) == ["pretrain", "finetune"]
 
 
-def test_the_first_screen_is_what_it_should_be() -> None:
-    """One sentence, one picture, set-up, three lines of Python, four commands, one table: nothing above that."""
-    top = README.split("\n---\n")[0]
-    assert len(blocks("python")[0].split("\n\n", 1)[1].splitlines()) == 2  # and the import
-    assert len([line for line in blocks("bash")[1].splitlines() if line.startswith("tinyllava")]) == 4
-    assert top.count("![") == 1 and top.index("make demo") < top.index("import tinyllava") < top.index("tinyllava list")
-    assert "| blind |" in top
+def test_the_first_screen_has_only_what_belongs_there() -> None:
+    """One sentence, the three boxes, set-up, Python with its output, answers, four commands: nothing above that."""
+    top, rest = README.split("\n---\n")
+    assert len(read_blocks("python")[0].split("\n\n", 1)[1].splitlines()) == 2  # and the import
+    assert len([line for line in read_blocks("bash")[1].splitlines() if line.startswith("tinyllava")]) == 4
+    order = ["docs/boxes.svg", "make demo", "import tinyllava", "# prints: ", "docs/answers.svg", "tinyllava list"]
+    places = [top.index(one) for one in order]
+    assert places == sorted(places) and top.count("![") == 2 and "#" not in top[2 : places[1]]
+    assert "| without the image |" in rest and "blind baseline" in rest

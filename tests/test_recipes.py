@@ -1,4 +1,4 @@
-"""Every recipe of the package: what it says of itself, a look at it, and two steps of each stage on stand-ins."""
+"""Every recipe of the package: its comment, `tinyllava look`, and two steps of each stage with stand-ins."""
 
 import inspect
 import io
@@ -9,17 +9,17 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from tests.cli_tools import Said, command_line  # noqa: F401
+from tests.cli_tools import CommandResult, run_command_line  # noqa: F401
+from tinyllava.checkpoint import legacy
+from tinyllava.commands.look import look_at_recipe
+from tinyllava.commands.stand_ins import TOWER_SIZES, make_stand_ins
 from tinyllava.config import Recipe, load_recipe
-from tinyllava.config.schema import Lacking
+from tinyllava.config.schema import MissingValues
 from tinyllava.errors import UserError
 from tinyllava.factory import Factory
-from tinyllava.model import legacy
 from tinyllava.train import stage
-from tinyllava.train.look import look
-from tinyllava.train.stand_ins import TOWER, stand_ins
 
-NAMES = Factory("recipes").names()
+NAMES = Factory("recipes").list_names()
 SCORES = ("VQAv2", "GQA", "SQA-I", "TextVQA", "MM-Vet", "POPE", "MME", "MMMU-val")
 ROW = r"\| `([^`]+)` \| [^|]+ \| [^|]+ \| (\d.*) \|"
 PUBLISHED = {  # the rows of the published table: first and last score
@@ -41,13 +41,13 @@ PUBLISHED = {  # the rows of the published table: first and last score
 
 
 def comment(name: str) -> str:
-    """The lines with which a recipe's file begins."""
-    lines = Factory("recipes").path(name).read_text(encoding="utf-8").splitlines()
+    """The comment at the beginning of a recipe's file."""
+    lines = Factory("recipes").find_path(name).read_text(encoding="utf-8").splitlines()
     return "\n".join(lines[: next(at for at, line in enumerate(lines) if not line.startswith("#"))])
 
 
 def two_steps(name: str) -> Recipe:
-    """The recipe cut to two steps a stage, with data that are nowhere."""
+    """The recipe with two steps per stage, and with data that do not exist."""
     recipe = load_recipe(name)
     trainer = {"max_steps": 2, "per_device_train_batch_size": 2, "dataloader_num_workers": 0, "report_to": "none"}
     changes = ["data=[{path: nowhere.json}]", "validation=null", "global_batch_size=2"]
@@ -57,10 +57,10 @@ def two_steps(name: str) -> Recipe:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_recipe_can_be_looked_at_and_trains_two_steps_of_each_stage(name: str, tmp_path: Path) -> None:
-    recipe, said = stand_ins(two_steps(name), tmp_path / "stand-ins")
-    assert "nowhere.json: 12 made-up records" in said
+    recipe, result = make_stand_ins(two_steps(name), tmp_path / "stand-ins")
+    assert "nowhere.json: 12 made-up records" in result
     shown = Console(file=io.StringIO(), width=100)
-    look(recipe, shown)
+    look_at_recipe(recipe, shown)
     final = stage.run(recipe, name, tmp_path / "run")
     for trained in recipe.stages:
         assert f"stage {trained}" in shown.file.getvalue()
@@ -70,30 +70,30 @@ def test_a_recipe_can_be_looked_at_and_trains_two_steps_of_each_stage(name: str,
     assert (final / "model.safetensors.index.json").is_file()
 
 
-def test_a_look_says_what_stands_in(tinyllava, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_look_lists_the_stand_ins(tinyllava, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
-    said: Said = tinyllava("look", "tinyllama-mof", "--offline")
-    assert said.code == 0, said.err
-    assert "LLM TinyLlama/TinyLlama-1.1B-Chat-v1.0: random llama of 2 layers" in said.out
-    assert "vision tower facebook/dinov2-large: random dinov2 of 3 layers" in said.out
-    tokens = 2 * (TOWER["image_size"] // TOWER["patch_size"]) ** 2  # of both towers, interleaved
-    assert f"<image x {tokens}>" in said.out and "stage finetune" in said.out and "ASSISTANT: red</s>" in said.out
+    result: CommandResult = tinyllava("look", "tinyllama-mof", "--offline")
+    assert result.code == 0, result.err
+    assert "LLM TinyLlama/TinyLlama-1.1B-Chat-v1.0: random llama of 2 layers" in result.out
+    assert "vision tower facebook/dinov2-large: random dinov2 of 3 layers" in result.out
+    tokens = 2 * (TOWER_SIZES["image_size"] // TOWER_SIZES["patch_size"]) ** 2  # of both towers, interleaved
+    assert f"<image x {tokens}>" in result.out and "stage finetune" in result.out and "ASSISTANT: red</s>" in result.out
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_is_here_is_not_replaced(tmp_path: Path) -> None:
-    assert stand_ins(load_recipe("quickstart"), tmp_path) == (load_recipe("quickstart"), [])
+def test_existing_files_are_not_replaced(tmp_path: Path) -> None:
+    assert make_stand_ins(load_recipe("quickstart"), tmp_path) == (load_recipe("quickstart"), [])
 
 
-def test_a_part_of_no_known_family_is_refused(tmp_path: Path) -> None:
+def test_a_part_of_an_unknown_family_is_refused(tmp_path: Path) -> None:
     recipe = load_recipe("phi2-siglip-base", ["model.llm=someone/unheard-of-1b"])
     with pytest.raises(UserError, match=r"no stand-in is known for the LLM 'someone/unheard-of-1b'.*\n?.*--offline"):
-        stand_ins(recipe, tmp_path)
+        make_stand_ins(recipe, tmp_path)
 
 
-def test_stand_ins_are_as_deep_as_partial_tuning_asks(tmp_path: Path) -> None:
+def test_stand_ins_have_enough_layers_for_partial_tuning(tmp_path: Path) -> None:
     recipe = load_recipe("phi2-siglip-share", ["stages.share.tune.vision_tower={partial: {last: 14}}"])
-    made, _ = stand_ins(recipe, tmp_path)
+    made, _ = make_stand_ins(recipe, tmp_path)
     assert (
         made.model.vision_tower.config["num_hidden_layers"] == 16
     )  # 14 below the layer that feature layer -2 leaves out
@@ -117,8 +117,8 @@ def test_the_page_has_the_scores_that_the_recipes_have() -> None:
     rows = {row[0]: [float(cell) for cell in row[1].split(" | ")] for row in re.findall(ROW, page)}
     assert set(rows) == set(PUBLISHED)
     for name, scores in rows.items():
-        said = re.search(r"^# expected  (.*)$", comment(name), re.MULTILINE)[1].split()
-        assert scores == [float(word) for word in said[1::2]] and said[::2] == list(SCORES), name
+        result = re.search(r"^# expected  (.*)$", comment(name), re.MULTILINE)[1].split()
+        assert scores == [float(word) for word in result[1::2]] and result[::2] == list(SCORES), name
 
 
 def test_a_stage_may_come_between_inherited_ones() -> None:
@@ -138,17 +138,20 @@ def test_data_lie_under_the_folder_that_the_environment_names(monkeypatch: pytes
 
 
 def test_what_an_original_checkpoint_lacks_is_named_as_its_loader_names_it() -> None:
-    assert list(Lacking.model_fields) == list(inspect.signature(legacy.read).parameters)[1:]
+    assert list(MissingValues.model_fields) == list(inspect.signature(legacy.read_legacy).parameters)[1:]
 
 
 def test_a_recipe_gives_the_loader_what_a_checkpoint_of_the_original_lacks(tmp_path: Path) -> None:
     folder = Path(__file__).parent / "parity" / "legacy_checkpoints" / "full_tinyllama_mof_mofmlp"
     facts = json.loads((folder / "expected.json").read_text())
     changes = [f"model.checkpoint={folder / 'checkpoint'}"]
-    recipe, _ = stand_ins(load_recipe("custom-finetune", changes), tmp_path / "data")
-    with pytest.raises(UserError, match="does not carry its DINOv2's config"):
-        stage.prepare(recipe, "finetune")
+    recipe, _ = make_stand_ins(load_recipe("custom-finetune", changes), tmp_path / "data")
+    with pytest.raises(UserError, match="the config of its DINOv2 is missing"):
+        stage.prepare_stage(recipe, "finetune")
     lacking = {"template": "llama", **{key: facts[key] for key in ("dinov2_config", "image_processor")}}
-    recipe, _ = stand_ins(load_recipe("custom-finetune", [*changes, f"model.lacking={lacking}"]), tmp_path / "more")
-    setup = stage.prepare(recipe, "finetune")
-    assert setup.model.config.vision_config.second.model_type == "dinov2" and setup.template.name == "llama"
+    recipe, _ = make_stand_ins(
+        load_recipe("custom-finetune", [*changes, f"model.lacking={lacking}"]), tmp_path / "more"
+    )
+    setup = stage.prepare_stage(recipe, "finetune")
+    assert setup.vlm.model.config.vision_config.second.model_type == "dinov2"
+    assert setup.vlm.template.name == "llama"

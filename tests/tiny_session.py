@@ -1,4 +1,4 @@
-"""A session on a tiny model whose weights are so random that its answers differ from question to question."""
+"""Build a session on a tiny model whose answers differ from question to question."""
 
 import random
 
@@ -7,32 +7,31 @@ import torch
 from PIL import Image
 
 from tests.conftest import LLAMA, tiny_model
-from tinyllava.config import ModelSpec
+from tests.tiny_vlm import build_tiny
 from tinyllava.data.sample import Message, Sample
 from tinyllava.infer import Session
-from tinyllava.model.build import build
 
 WORDS = ["What is in the picture?", "a red cat and a blue dog", "How many are there?", "two, three or four of them"]
 NEW = {"max_new_tokens": 10}
 
 
 def corpus() -> list[Sample]:
-    """What the tiny tokenizer is trained on."""
+    """The texts on which the tiny tokenizer is trained."""
     return [
         Sample([Message("user", f"<image>\n{q}"), Message("assistant", a)], ["x"]) for q in WORDS for a in WORDS
     ] * 5
 
 
 def tiny_session(llm: dict = LLAMA, seed: int = 1, **more: object) -> Session:
-    """A new model. Fresh initialisation would answer everything with one token over and over."""
-    model, processor, template = build(ModelSpec.model_validate(tiny_model(llm=llm, **more)), corpus)
+    """Build a new model with large random weights. With the usual ones, it would repeat one token as each answer."""
+    vlm = build_tiny(tiny_model(llm=llm, **more), corpus())
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for name, parameter in vlm.model.named_parameters():
             scale = name.endswith("weight") and parameter.dim() < 2  # of a norm
             spread = 0.02 if parameter.dim() < 2 else 0.25
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * spread + float(scale))
-    return Session(model, processor, template)
+    return Session(vlm)
 
 
 def picture(seed: int) -> Image.Image:
@@ -43,7 +42,7 @@ PICTURES = [picture(seed) for seed in range(4)]
 
 
 def question(seed: int, images: int | None = None) -> Sample:
-    """A question of some length with none, one or two pictures."""
+    """A question with none, one or two images."""
     rng = random.Random(seed)
     images = rng.choice([0, 1, 1, 2]) if images is None else images
     text = "<image>\n" * images + " ".join(rng.choices(WORDS, k=rng.randint(1, 4)))

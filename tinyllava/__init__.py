@@ -1,10 +1,10 @@
-"""TinyLLaVA Factory: small vision-language models from three boxes, a vision tower, a connector and a language model.
+"""TinyLLaVA Factory: small vision-language models from three parts, a vision tower, a connector and an LLM.
 
     import tinyllava
     model = tinyllava.load("runs/quickstart")
     print(model.chat("What is in the picture?", "cat.jpg"))
 
-Importing this loads nothing heavy: torch and transformers come with the first `load`.
+Importing the package is fast: torch and transformers are imported by the first `load`.
 """
 
 import logging
@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from tinyllava.infer import Session
 
 __version__ = "0.1.0"
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # which peft imports: it warns of a kernel not needed
+# peft imports bitsandbytes, which warns about a kernel that is not used here.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def load(
@@ -22,13 +23,14 @@ def load(
     device: str | None = None,
     dtype: str | None = None,
     attn_implementation: str | None = None,
-    **lacking: Any,
+    **missing: Any,
 ) -> "Session":
-    """A checkpoint to talk to: a checkpoint's directory, a stage's, or a whole run's. See `tinyllava.infer.Session`.
+    """Load a model to chat with from the directory of a checkpoint, a stage or a run. See `tinyllava.infer.Session`.
 
-    Released checkpoints of the original TinyLLaVA Factory are read too. lacking: what such a one does not carry, such
-    as template="phi" (all of it: `tinyllava.model.legacy.read`). Raises UserError when there is no whole checkpoint.
+    It also loads released checkpoints of the original TinyLLaVA Factory. missing: values that such a checkpoint does
+    not contain, for example template="phi" (see `tinyllava.checkpoint.legacy`). Raises UserError if there is no
+    complete checkpoint.
     """
     from tinyllava.infer import Session
 
-    return Session.load(path, device=device, dtype=dtype, attn_implementation=attn_implementation, **lacking)
+    return Session.load(path, device=device, dtype=dtype, attn_implementation=attn_implementation, **missing)

@@ -1,7 +1,9 @@
-"""The command line: one function a command. torch is imported inside them, so that help and `list` are quick.
+"""The command line: one function for each command.
 
-Exit codes: 0 done, 1 the answer is no (`data check`, `doctor`), 2 something in the user's hands is wrong (one or two
-lines on stderr; `--debug` adds the traceback), 130 interrupted.
+torch and transformers are imported inside the functions, so that `--help` and `list` are fast.
+
+Exit codes: 0 success, 1 a check found problems (`data check`, `doctor`), 2 an error that the user can correct (one or
+two lines on stderr; `--debug` adds the traceback), 130 interrupted.
 """
 
 import errno
@@ -9,51 +11,52 @@ import os
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from tinyllava.console import messages, output, show_error, show_log
+from tinyllava.console import is_main_process, messages, output, show_error, show_log
 from tinyllava.errors import UserError
 
 INTERRUPTED = 130
 
 app = typer.Typer(
-    help="Build, train, score and talk to small vision-language models.",
+    help="Build, train, evaluate and chat with small vision-language models.",
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-data_app = typer.Typer(help="Get data, and look into them before training does.", no_args_is_help=True)
+data_app = typer.Typer(help="Download datasets and check them before training.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 
 RecipeName = Annotated[
-    str, typer.Argument(metavar="RECIPE", help="A recipe of `tinyllava list recipes`, or a YAML file.")
+    str, typer.Argument(metavar="RECIPE", help="A name from `tinyllava list recipes`, or a YAML file.")
 ]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="KEY=VALUE", help="Replace values: stages.finetune.trainer.learning_rate=1e-4"),
 ]
 Checkpoint = Annotated[
-    str, typer.Argument(metavar="CHECKPOINT", help="A checkpoint, a run such as runs/quickstart, or nano.")
+    str, typer.Argument(metavar="CHECKPOINT", help="A checkpoint, a run such as runs/quickstart, or `nano`.")
 ]
-Lacking = Annotated[
+KeyValues = Annotated[
     list[str] | None,
-    typer.Option(metavar="KEY=VALUE", help="What a checkpoint of the original does not carry: template=phi"),
+    typer.Option(metavar="KEY=VALUE", help="A value missing in an original TinyLLaVA checkpoint: template=phi"),
 ]
-TASKS = "Benchmarks of `tinyllava list benchmarks`, with variants such as textvqa-no-ocr; or your own .jsonl."
+TASKS = "A name from `tinyllava list benchmarks`, a variant (textvqa-no-ocr), a .jsonl file, or your module:Class."
 Judge = Annotated[
-    str | None, typer.Option(metavar="MODEL", help="Who grades MM-Vet, behind OPENAI_BASE_URL; or a file of grades.")
+    str | None,
+    typer.Option(metavar="MODEL", help="The model that grades MM-Vet, served at OPENAI_BASE_URL, or a file of grades."),
 ]
-DataRoot = Annotated[str | None, typer.Option("--data", metavar="ROOT", help="The folder of the benchmarks' data.")]
+DataRoot = Annotated[str | None, typer.Option("--data", metavar="ROOT", help="The directory of the benchmark data.")]
 
 
 @app.callback()
-def options(
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error. Goes anywhere.")] = False,
-):
-    """Main takes --debug out of the arguments, wherever it stands; it is declared here for --help."""
+def declare_options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Show --debug in --help. `main` removes it from the arguments, so that it works before and after the command."""
 
 
 @app.command()
@@ -61,20 +64,19 @@ def train(
     recipe: RecipeName,
     overrides: Overrides = None,
     output_dir: Annotated[
-        Path | None, typer.Option("--output", help="The run's directory; by default runs/RECIPE.")
+        Path | None, typer.Option("--output", help="The directory of the run. Default: runs/RECIPE.")
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete what an earlier run left there.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete an earlier run in that directory.")] = False,
     data: DataRoot = None,
 ) -> None:
-    """Train all stages of a recipe, then score what its `eval` names. Run it again to continue an interrupted run."""
+    """Train all stages of a recipe, then evaluate on the benchmarks in its `eval` list. Run it again to resume."""
     from tinyllava.config import load_recipe
 
     loaded, name = load_recipe(recipe, overrides), Path(recipe).stem
-    from tinyllava.commands.evaluate import ask_and_score, checked
+    from tinyllava.commands.evaluate import ask_and_score, check_tasks
 
-    tasks = checked(loaded.eval, data)
+    tasks = check_tasks(loaded.eval, data)
     from tinyllava.train import stage
-    from tinyllava.train.record import is_main_process
 
     run_dir = output_dir or Path("runs") / name
     final = stage.run(loaded, name, run_dir, overwrite=overwrite)
@@ -82,84 +84,88 @@ def train(
         return
     if tasks:
         ask_and_score(final, tasks, data, run_dir)
-    output.print(f"\ntalk to it   tinyllava chat {shlex.quote(str(run_dir))}", highlight=False, soft_wrap=True)
-    output.print(f"the weights  {final}", highlight=False, soft_wrap=True)
+    output.print(f"\nchat     tinyllava chat {shlex.quote(str(run_dir))}", highlight=False, soft_wrap=True)
+    output.print(f"weights  {final}", highlight=False, soft_wrap=True)
 
 
-@app.command()
-def look(
+@app.command("look")
+def preview_run(
     recipe: RecipeName,
     overrides: Overrides = None,
-    offline: Annotated[bool, typer.Option("--offline", help="With tiny stand-ins: needs no Hub and no data.")] = False,
+    offline: Annotated[bool, typer.Option("--offline", help="Download nothing: show tiny models instead.")] = False,
 ) -> None:
-    """Show what training would do: coloured samples, parts, lengths, steps. Reads no weights."""
+    """Show what training will do: coloured samples, parts, lengths and steps. Loads no weights."""
     from tinyllava.config import load_recipe
 
     loaded = load_recipe(recipe, overrides)
-    from tinyllava.train.look import look, look_offline
+    from tinyllava.commands.look import look_at_recipe, look_at_stand_ins
 
-    (look_offline if offline else look)(loaded, output)
+    (look_at_stand_ins if offline else look_at_recipe)(loaded, output)
 
 
 @app.command()
 def chat(
     checkpoint: Checkpoint,
-    images: Annotated[list[str] | None, typer.Argument(metavar="IMAGE", help="Pictures: files or URLs.")] = None,
-    prompt: Annotated[str | None, typer.Option(help="Ask this once, and leave.")] = None,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")] = 0.0,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 512,
-    lacking: Lacking = None,
+    images: Annotated[list[str] | None, typer.Argument(metavar="IMAGE", help="Images: files or URLs.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="Ask one question and exit.")] = None,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 always takes the most likely token.")] = 0.0,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum length of an answer in tokens.")] = 512,
+    lacking: KeyValues = None,
 ) -> None:
-    """Talk to a checkpoint about pictures, or about nothing in particular."""
-    from tinyllava.commands.chat import say, talk
+    """Chat with a checkpoint about images, or without any."""
+    from tinyllava.commands.chat import answer_lines, answer_once
+    from tinyllava.commands.keywords import parse_keywords
     from tinyllava.infer import Session
 
-    session = Session.load(checkpoint, **given(lacking))
+    session = Session.load(checkpoint, **parse_keywords(lacking))
     generation = {"temperature": temperature, "max_new_tokens": max_new_tokens}
     if prompt is not None:
-        say(session, prompt, images or [], **generation)
+        answer_once(session, prompt, images or [], **generation)
     else:
-        talk(session, images or [], **generation)
+        answer_lines(session, images or [], **generation)
 
 
 @app.command("eval")
-def evaluate(
-    checkpoint: Annotated[str | None, typer.Argument(metavar="CHECKPOINT", help="Or a run, like runs/a.")] = None,
-    tasks: Annotated[str | None, typer.Option(help=TASKS + " Commas between.")] = None,
-    data: DataRoot = None,
-    output_dir: Annotated[Path | None, typer.Option("--output", help="By default the CHECKPOINT's directory.")] = None,
-    judge: Judge = None,
-    compare: Annotated[
-        tuple[Path, Path] | None, typer.Option(metavar="A B", help="Ask nothing: do these two scored runs differ?")
+def evaluate_checkpoint(
+    checkpoint: Annotated[
+        str | None, typer.Argument(metavar="CHECKPOINT", help="A checkpoint, or a run such as runs/quickstart.")
     ] = None,
-    lacking: Lacking = None,
+    tasks: Annotated[str | None, typer.Option(help=TASKS + " Separate several with commas.")] = None,
+    data: DataRoot = None,
+    output_dir: Annotated[Path | None, typer.Option("--output", help="Default: the CHECKPOINT directory.")] = None,
+    judge: Judge = None,
+    compare: Annotated[tuple[Path, Path] | None, typer.Option(metavar="A B", help="Compare two scored runs.")] = None,
+    lacking: KeyValues = None,
 ) -> None:
-    """Ask a checkpoint a benchmark's questions and score its answers by the official rules; or compare two."""
-    from tinyllava.commands.evaluate import ask_and_score, checked, print_comparison, split
+    """Evaluate a checkpoint on benchmarks by their official rules, or compare two scored runs."""
+    from tinyllava.commands.evaluate import ask_and_score, check_tasks, print_comparison, split_names
+    from tinyllava.commands.keywords import parse_keywords
 
-    names = split(tasks or "")
+    names = split_names(tasks or "")
     if compare is not None:
         print_comparison(*compare, names)
     elif checkpoint is None or not names:
-        raise UserError("say what to ask whom: tinyllava eval CHECKPOINT --tasks stamps,pope; or --compare A B.")
+        raise UserError(
+            "missing CHECKPOINT or --tasks. Use: tinyllava eval CHECKPOINT --tasks stamps,pope; or --compare A B."
+        )
     else:
-        found = checked(names, data, judge)
         folder = output_dir or Path(checkpoint)
-        ask_and_score(checkpoint, found, data, folder, judge, given(lacking), together=True)
+        benchmarks = check_tasks(names, data, judge)
+        ask_and_score(checkpoint, benchmarks, data, folder, judge, parse_keywords(lacking), together=True)
 
 
 @app.command()
 def score(
     task: Annotated[str, typer.Argument(metavar="TASK", help=TASKS)],
-    answers: Annotated[Path, typer.Option(metavar="FILE", help="Ours or the original's: any form there is.")],
+    answers: Annotated[Path, typer.Option(metavar="FILE", help="The answers, in our format or the original's.")],
     data: DataRoot = None,
-    output_dir: Annotated[Path | None, typer.Option("--output", help="By default FILE.scores, beside it.")] = None,
+    output_dir: Annotated[Path | None, typer.Option("--output", help="Default: FILE.scores, next to FILE.")] = None,
     allow_partial: Annotated[
-        bool, typer.Option("--allow-partial", help="Record missing, repeated and unknown answers; do not refuse.")
+        bool, typer.Option("--allow-partial", help="Accept missing, repeated and unknown answers, and report them.")
     ] = False,
     judge: Judge = None,
 ) -> None:
-    """Score an answers file by the official rules, without a model."""
+    """Score a file of answers by the official rules, without a model."""
     from tinyllava.commands.score import score_and_show
 
     score_and_show(task, data, answers, output_dir, allow_partial, judge)
@@ -169,116 +175,100 @@ def score(
 def export(
     checkpoint: Checkpoint,
     to: Annotated[
-        str, typer.Option(help="merged: adapter folded in. hf: with a model card, for the Hub. split: parts apart.")
+        str,
+        typer.Option(help="merged: full weights. hf: for the Hub, with a model card. split: one directory per part."),
     ],
-    output_dir: Annotated[Path, typer.Option("--output", help="A directory that does not exist yet.")],
-    push: Annotated[str | None, typer.Option(metavar="USER/NAME", help="Upload to this model on the Hub.")] = None,
+    output_dir: Annotated[Path, typer.Option("--output", help="The directory to create.")],
+    push: Annotated[
+        str | None, typer.Option(metavar="USER/NAME", help="Upload to this model repository on the Hub.")
+    ] = None,
     dtype: Annotated[
-        str, typer.Option(help="Of the weights: auto (as they are), float32, bfloat16, float16.")
+        str, typer.Option(help="dtype of the weights: auto (unchanged), float32, bfloat16 or float16.")
     ] = "auto",
-    lacking: Lacking = None,
+    lacking: KeyValues = None,
 ) -> None:
-    """Write a checkpoint in another form."""
-    from tinyllava.commands import export as forms
+    """Write a checkpoint in another format."""
+    from tinyllava.commands.export import export_and_show
+    from tinyllava.commands.keywords import parse_keywords
 
-    reason = forms.export(checkpoint, to, output_dir, push or output_dir.name, dtype, given(lacking))
-    if to == "split":
-        for part in ("llm", "vision_tower", "connector"):
-            output.print(f"{output_dir}/{part}", highlight=False, soft_wrap=True)
-    else:
-        kind = "plain llava" if reason is None else f"not plain llava: {reason}"
-        output.print(f"{output_dir}: {kind}", highlight=False, soft_wrap=True)
-    if push:
-        output.print(f"uploaded to {forms.push(output_dir, push)}", highlight=False, soft_wrap=True)
+    export_and_show(checkpoint, to, output_dir, push, dtype, parse_keywords(lacking))
 
 
 @app.command("list")
 def list_parts(
-    kind: Annotated[str | None, typer.Argument(metavar="KIND", help="Only this kind, like recipes.")] = None,
+    kind: Annotated[str | None, typer.Argument(metavar="KIND", help="List only this kind, such as recipes.")] = None,
 ) -> None:
-    """Show every part, template, tuning, recipe and benchmark that a recipe can name."""
+    """List the parts, templates, tunings, recipes and benchmarks that a recipe can name."""
     from tinyllava.commands import parts
+    from tinyllava.factory import KINDS
 
-    for one in [kind] if kind else parts.kinds():
-        parts.show(one, output)
+    for name in [kind] if kind else KINDS:
+        parts.show_parts(name, output)
 
 
 @data_app.command("check")
-def data_check(
-    source: Annotated[str, typer.Argument(metavar="RECIPE|FILE", help="A recipe, or an annotation file.")],
-    images: Annotated[list[str] | None, typer.Option(metavar="DIR", help="Where a file's pictures lie.")] = None,
+def check_data(
+    source: Annotated[str, typer.Argument(metavar="RECIPE|FILE", help="A recipe, or a file of annotations.")],
+    images: Annotated[
+        list[str] | None, typer.Option(metavar="DIR", help="Image directory of FILE. Repeatable.")
+    ] = None,
 ) -> None:
-    """Read everything once and report what is wrong where; exits with 1 if anything is."""
-    from tinyllava.commands.check import check_source
+    """Read all data once and report each problem with its place. Exits with 1 if there are problems."""
+    from tinyllava.commands.check_data import check_source
 
     report = check_source(source, images)
-    if not report.ok:
-        output.print(report.table())
+    if not report.is_ok:
+        output.print(report.make_table())
         raise typer.Exit(1)
-    counts = f"{report.records:,} records, {report.pictures:,} pictures, {report.text_only:,} records without a picture"
+    counts = f"{report.records:,} records, {report.images:,} images, {report.text_only:,} records without an image"
     output.print(f"{counts}: nothing is wrong.", highlight=False)
 
 
 @data_app.command("prepare")
-def data_prepare(
+def prepare_data(
     names: Annotated[
-        list[str] | None, typer.Argument(metavar="NAME", help="llava-1.5, pope, ...; without any, what there is.")
+        list[str] | None,
+        typer.Argument(metavar="NAME", help="Datasets such as llava-1.5 and pope. Without a name: list all."),
     ] = None,
     root: Annotated[
-        Path, typer.Option(metavar="DIR", envvar="TINYLLAVA_DATA", help="Where data lie, or are to lie.")
+        Path, typer.Option(metavar="DIR", envvar="TINYLLAVA_DATA", help="The directory to download to.")
     ] = Path("data"),
-    check: Annotated[bool, typer.Option("--check", help="Fetch nothing: only look at what is there.")] = False,
+    check: Annotated[bool, typer.Option("--check", help="Download nothing; only check the files.")] = False,
 ) -> None:
-    """Get training data and benchmarks, or say where they are to be had; exits with 1 while anything lacks."""
+    """Download training data and benchmarks, or print where to get them. Exits with 1 if anything is missing."""
     from tinyllava.commands import prepare
 
     if not names:
-        prepare.show(output)
-    elif not prepare.prepare(names, root, not check, output):
+        prepare.show_datasets(output)
+    elif not prepare.prepare_datasets(names, root, not check, output):
         raise typer.Exit(1)
 
 
-@app.command()
-def doctor() -> None:
-    """Show versions, devices, memory and disk, and what is known not to work; exits with 1 if anything is."""
-    from tinyllava.commands.doctor import doctor
+@app.command("doctor")
+def run_doctor() -> None:
+    """Show versions, devices, memory, disk and known problems. Exits with 1 if there is a problem."""
+    from tinyllava.commands.doctor import diagnose
 
-    if not doctor(output):
+    if not diagnose(output):
         raise typer.Exit(1)
-
-
-def given(lacking: list[str] | None) -> dict[str, Any]:
-    """KEY=VALUE options as keywords of `tinyllava.load`; a value is YAML, or the path of a JSON or YAML file."""
-    import yaml
-
-    keywords = {}
-    for pair in lacking or []:
-        key, equals, text = pair.partition("=")
-        if not equals:
-            raise UserError(f"cannot read --lacking '{pair}': expected KEY=VALUE, like template=phi.")
-        is_file = text.endswith((".json", ".yaml", ".yml"))
-        if is_file and not Path(text).is_file():
-            raise UserError(f"--lacking {key}: file {text} not found.")
-        keywords[key] = yaml.safe_load(Path(text).read_text(encoding="utf-8") if is_file else text)
-    return keywords
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """The console script. Always raises SystemExit."""
+    """Run the console script. Always raises SystemExit."""
     arguments = sys.argv[1:] if arguments is None else arguments
     debug, arguments = "--debug" in arguments, [argument for argument in arguments if argument != "--debug"]
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # or each forked data worker warns about it
-    os.environ.setdefault("TQDM_DELAY", "2")  # the libraries' own bars appear only where there is something to wait for
-    show_log(main_process=int(os.environ.get("RANK", 0)) == 0, debug=debug)
-    sys.exit(run(arguments, debug))
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # otherwise each forked data worker warns about it
+    os.environ.setdefault("TQDM_DELAY", "2")  # progress bars of libraries appear only for what takes longer
+    show_log(main_process=is_main_process(), debug=debug)
+    sys.exit(run_command(arguments, debug))
 
 
-def run(arguments: list[str], debug: bool) -> int:
+def run_command(arguments: list[str], debug: bool) -> int:
     """Run one command and return its exit code."""
     try:
         code = app(arguments, prog_name="tinyllava", standalone_mode=False) or 0
-    except typer.TyperException as error:  # of the command line itself
-        if text := error.format_message():  # empty where help was shown instead
+    except typer.TyperException as error:  # a wrong command, option or value
+        if text := error.format_message():  # empty if help was shown
             show_error(text)
         code = 2
     except UserError as error:
@@ -287,14 +277,16 @@ def run(arguments: list[str], debug: bool) -> int:
         show_error(str(error))
         code = 2
     except OSError as error:
-        if debug or error.errno not in {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS}:
+        not_a_directory = error.errno in {errno.EEXIST, errno.ENOTDIR}
+        if debug or not (not_a_directory or error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS}):
             raise
-        show_error(f"{error.strerror}: {error.filename or 'while writing'}.")
+        remedy = " It must be a directory. Choose another one." if not_a_directory else ""
+        show_error(f"{error.strerror}: {error.filename or 'while writing'}.{remedy}")
         code = 2
-    if code == INTERRUPTED:  # typer makes it of Ctrl-C
+    if code == INTERRUPTED:  # what typer returns after Ctrl-C
+        # Without --overwrite, which would delete what there is to resume.
         again = shlex.join(["tinyllava", *(argument for argument in arguments if argument != "--overwrite")])
-        resumes = arguments[:1] in (["train"], ["eval"])
-        hint = f" To continue: {again}" if resumes else ""
+        hint = f" To resume: {again}" if arguments[:1] in (["train"], ["eval"]) else ""
         messages.print(f"\ninterrupted.{hint}", highlight=False, markup=False, soft_wrap=True)
     return code
 

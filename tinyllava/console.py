@@ -1,10 +1,11 @@
-"""What the user sees: results on `output` (stdout); log lines, progress and errors on `messages` (stderr).
+"""The two consoles for everything that the user sees: `output` (stdout) and `messages` (stderr).
 
-Everything goes through these two, so that a log line never tears a progress bar and `tinyllava chat ... > answer.txt`
-holds the answer and nothing else.
+Results go to `output`. Log lines, progress and errors go to `messages`. All printing uses these two, so a log line
+never breaks a progress bar, and `tinyllava chat ... > answer.txt` writes only the answer.
 """
 
 import logging
+import os
 
 from rich.console import Console
 from rich.text import Text
@@ -13,18 +14,23 @@ output = Console()
 messages = Console(stderr=True)
 
 
+def is_main_process() -> bool:
+    """Whether this process writes files and prints: rank 0, or the only process."""
+    return int(os.environ.get("RANK", 0)) == 0
+
+
 class LogLines(logging.Handler):
-    """Log records as plain lines above whatever progress bar is drawn; warnings and errors say what they are."""
+    """Print log records as plain lines above a progress bar. Warnings and errors start with their level."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Write one record."""
+        """Print one log record."""
         style = {"WARNING": "yellow", "ERROR": "red", "CRITICAL": "red"}.get(record.levelname)
         level = (f"{record.levelname.lower()}: ", style) if style else ""
         messages.print(Text.assemble(level, (self.format(record), "" if style else "dim")), soft_wrap=True)
 
 
 def show_log(main_process: bool, debug: bool = False) -> None:
-    """Show what the package logs: everything on the main process, errors alone on the others."""
+    """Show what the package logs: everything on the main process, only errors on the others."""
     logger = logging.getLogger("tinyllava")
     logger.handlers = [LogLines()]
     logger.propagate = False
@@ -32,5 +38,5 @@ def show_log(main_process: bool, debug: bool = False) -> None:
 
 
 def show_error(text: str) -> None:
-    """`error: ...` on stderr, in one line per line of `text` however narrow the terminal is."""
+    """Print `error: TEXT` on stderr. Lines of `text` are not wrapped, so that they can be searched and copied."""
     messages.print(Text.assemble(("error: ", "bold red"), text), soft_wrap=True)

@@ -1,10 +1,10 @@
-"""The factory: every interchangeable part is found by its file's name.
+"""The factory finds every part, template, tuning, recipe and benchmark by the name of its file.
 
-Drop `tinyllava/connectors/mine.py` into the package and `connector: mine` works in a recipe: THE FILE NAME IS THE KEY.
-A recipe may also name code outside the package as `my_pkg.my_module:Name`, and a notebook may `register` an object.
+Add the file `tinyllava/connectors/mine.py`, and `connector: mine` works in a recipe: THE FILE NAME IS THE KEY. A recipe
+can also name code outside the package, as `my_pkg.my_module:Name`, and a notebook can `register` an object.
 
     Factory("connectors").get("mlp")        # the Connector class of connectors/mlp.py
-    Factory("connectors").names()           # what `tinyllava list` shows
+    Factory("connectors").list_names()      # what `tinyllava list` shows
 """
 
 import difflib
@@ -19,11 +19,12 @@ from typing import Any, NamedTuple
 from tinyllava.errors import UserError
 
 ROOT = Path(__file__).parent
-TRUST = "TINYLLAVA_TRUST"  # modules, joined by commas, that a checkpoint may name as its code
+# The environment variable for modules, separated by commas, whose code a checkpoint may run.
+TRUST = "TINYLLAVA_TRUST"
 
 
 class Kind(NamedTuple):
-    """Where the parts of one kind lie, and which name in each file is the part (None: the module or file itself)."""
+    """The folder of the parts of one kind, and the name that each file defines (None: the part is the file itself)."""
 
     folder: str
     suffix: str
@@ -38,112 +39,122 @@ KINDS = {
     "templates": Kind("templates", ".jinja", None, "template"),
     "tuning": Kind("tuning", ".py", "Tuning", "tuning"),
     "recipes": Kind("recipes", ".yaml", None, "recipe"),
-    "benchmarks": Kind("eval/benchmarks", ".py", None, "benchmark"),
+    "benchmarks": Kind("eval/benchmarks", ".py", "Benchmark", "benchmark"),
 }
 
 
-def nearest(name: str, known: list[str]) -> str:
-    """The end of a sentence: `; did you mean 'mlp'?` when some known name is close, else a full stop."""
+def suggest_nearest(name: str, known: list[str]) -> str:
+    """The end of an error sentence: `; did you mean 'mlp'?` if a known name is close, else a full stop."""
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f"; did you mean '{close[0]}'?" if close else "."
 
 
 def load_code(address: str, what: str) -> Any:
-    """What stands at `package.module:Name`. Raises UserError when it cannot be imported."""
+    """Import the object at `package.module:Name`. Raises UserError if that fails."""
     module_name, _, attribute = address.partition(":")
-    if os.getcwd() not in sys.path:  # the console script, unlike `python -m`, does not look beside the recipe
+    if os.getcwd() not in sys.path:  # the console script, unlike `python -m`, does not search there
         sys.path.append(os.getcwd())
     try:
         return getattr(importlib.import_module(module_name), attribute)
     except (ImportError, AttributeError) as error:
-        raise UserError(f"cannot load {what} '{address}': {error}. Is it importable from here?") from None
+        raise UserError(
+            f"cannot load {what} '{address}': {error}. Check that Python can import it from this directory."
+        ) from None
 
 
 def check_trusted(address: str, what: str) -> None:
-    """Raise UserError unless code that a checkpoint names may run: its module is imported already, or in $TRUST."""
+    """Raise UserError unless the code of a checkpoint may run: its module is imported already, or named in $TRUST."""
     module_name = address.partition(":")[0]
     if module_name not in sys.modules and module_name not in os.environ.get(TRUST, "").split(","):
         raise UserError(
-            f"the checkpoint's {what} is code of its author's or yours, {address}, which does not run unasked.\n"
-            f"If you trust it, `import {module_name}` before you load, or set {TRUST}={module_name}."
+            f"the checkpoint's {what} is code outside this package, {address}, which runs only if you trust it.\n"
+            f"If you do, `import {module_name}` before you load, or set {TRUST}={module_name}."
         )
 
 
 class Factory:
-    """The parts of one kind. All factories of a kind share what was registered."""
+    """The parts of one kind. `Factory("llms")` is the same object at every call, with all registered parts."""
 
     def __new__(cls, kind: str) -> "Factory":
-        return _factory(kind)
+        return _make_factory(kind)
 
-    def names(self) -> list[str]:
-        """Names of all parts of this kind, sorted: files in the package, then whatever was registered."""
+    def list_names(self) -> list[str]:
+        """Names of all parts of this kind, sorted: those of files in the package, and registered ones."""
         files = (path.stem for path in self.root.glob(f"*{self.kind.suffix}") if not path.stem.startswith("_"))
         return sorted({*files, *self.registered})
 
     def register(self, name: str, part: Any) -> None:
-        """Make `part` available under `name` in this process (for notebooks and tests; a file needs no
-        registration).
-        """
+        """Make `part` available under `name` in this process. A file in the package needs no registration."""
         self.registered[name] = part
 
-    def path(self, name: str) -> Path:
+    def find_path(self, name: str) -> Path:
         """The file of a built-in part. Raises UserError for an unknown name."""
         path = self.root / f"{name}{self.kind.suffix}"
         if not path.is_file() or name.startswith("_"):
-            self.unknown(name)
+            self._raise_unknown(name)
         return path
 
     def get(self, name: str) -> Any:
         """The part called `name`: a class or module for Python parts, a path for templates and recipes.
 
-        `package.module:Name` imports the user's own. Raises UserError for an unknown name, with the nearest known one.
+        `package.module:Name` imports your own. Raises UserError for an unknown name and suggests the nearest one.
         """
         if name in self.registered:
             return self.registered[name]
         if ":" in name:
-            return self.load_from(name)
-        path = self.path(name)
+            return load_code(name, self.kind.singular)
+        path = self.find_path(name)
         if self.kind.suffix != ".py":
             return path
-        package = "tinyllava." + self.kind.folder.replace("/", ".")
-        return self.part_of(importlib.import_module(f"{package}.{path.stem}"))
+        return self._get_part(self._import(path.stem))
+
+    def import_file(self, name: str) -> None:
+        """Import the package's own file of this name, if there is one."""
+        if (self.root / f"{name}.py").is_file() and not name.startswith("_"):
+            self._import(name)
 
     def resolve(self, name: str, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        """The part and its options, with the field's short names understood (`mlp2x_gelu`: mlp with two layers and
-        GELU).
+        """The part and its options. `name` can be a short name: `mlp2x_gelu` is mlp with two layers and GELU.
 
-        A part that has short names defines `from_short_name(name) -> options | None`, and its file's name begins them.
+        A part with short names defines `from_short_name(name) -> options | None`. They begin with its file's name.
+        For a class outside the package, `module:Class-words`, the short name is `Class-words`.
         """
-        if name not in self.names() and ":" not in name:
-            for stem in (known for known in self.names() if name.startswith(known)):
-                part = self.get(stem)
-                short = part.from_short_name(name) if hasattr(part, "from_short_name") else None
-                if short is not None:
-                    return part, {**short, **options}
+        module, colon, own_name = name.partition(":")
+        # No class name has a hyphen, so the words begin there.
+        stems = [f"{module}:{own_name.partition('-')[0]}"] if colon else self.list_names()
+        for stem in (stem for stem in stems if name.startswith(stem) and name not in (stem, *self.list_names())):
+            part = self.get(stem)
+            implied = part.from_short_name(own_name or name) if hasattr(part, "from_short_name") else None
+            if implied is not None:
+                return part, {**implied, **options}
         return self.get(name), options
 
-    def load_from(self, address: str) -> Any:
-        """The user's own part at `package.module:Name`."""
-        return load_code(address, self.kind.singular)
+    def _import(self, name: str) -> ModuleType:
+        return importlib.import_module(f"tinyllava.{self.kind.folder.replace('/', '.')}.{name}")
 
-    def part_of(self, module: ModuleType) -> Any:
-        """What a Python file of this kind offers."""
+    def _get_part(self, module: ModuleType) -> Any:
+        """The part that a Python file of this kind defines."""
         if self.kind.attribute is None:
             return module
         if not hasattr(module, self.kind.attribute):
-            raise UserError(f"{module.__file__} defines no `{self.kind.attribute}`, so it is no {self.kind.singular}.")
+            raise UserError(
+                f"{module.__file__} is not a {self.kind.singular}: it does not define `{self.kind.attribute}`."
+                f" Define it, or begin the file's name with an underscore."
+            )
         return getattr(module, self.kind.attribute)
 
-    def unknown(self, name: str) -> None:
-        """Raise the error of an unknown name."""
-        known = self.names()
-        raise UserError(f"unknown {self.kind.singular} '{name}'{nearest(name, known)} Known: {', '.join(known)}.")
+    def _raise_unknown(self, name: str) -> None:
+        known, hint = self.list_names(), " Name a class of your own as module:Class." if self.kind.attribute else ""
+        raise UserError(
+            f"unknown {self.kind.singular} '{name}'{suggest_nearest(name, known)} Known: {', '.join(known)}.{hint}"
+        )
 
 
+# Cached, so that each kind has one Factory: a part that one caller registers is there for all.
 @cache
-def _factory(kind: str) -> Factory:
+def _make_factory(kind: str) -> Factory:
     if kind not in KINDS:
-        raise UserError(f"unknown kind of part '{kind}'{nearest(kind, list(KINDS))} Known: {', '.join(KINDS)}.")
+        raise UserError(f"unknown kind of part '{kind}'{suggest_nearest(kind, list(KINDS))} Known: {', '.join(KINDS)}.")
     factory = object.__new__(Factory)
     factory.kind, factory.registered = KINDS[kind], {}
     factory.root = ROOT / factory.kind.folder

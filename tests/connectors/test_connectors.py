@@ -9,14 +9,15 @@ from torch import nn
 
 from tests.conftest import CLIP, SIGLIP, tiny_model
 from tests.tiny_session import WORDS, corpus
+from tests.tiny_vlm import build_tiny
 from tests.train.tiny_run import recipe
-from tinyllava.config import ModelSpec, Tune
+from tinyllava import checkpoint
+from tinyllava.config import Tune
 from tinyllava.data.sample import Message, Sample
 from tinyllava.errors import UserError
 from tinyllava.factory import Factory
 from tinyllava.infer import Session
-from tinyllava.model import checkpoint
-from tinyllava.model.build import build
+from tinyllava.model.vlm import VLM
 from tinyllava.train import stage
 from tinyllava.train.tune import apply_tuning
 
@@ -39,9 +40,9 @@ LORA = {"llm": {"lora": {"r": 4, "alpha": 8}}, "connector": "full"}
 ALL_LORA = {**LORA, "connector": {"lora": {"r": 2, "alpha": 4}}}
 
 
-def made(name: str, tower: dict = CLIP, **options: object):
+def build_with(name: str, tower: dict = CLIP, **options: object) -> VLM:
     connector = {name: {**TINY[name][0], **options}}
-    return build(ModelSpec.model_validate(tiny_model(tower=tower, connector=connector)), corpus)
+    return build_tiny(tiny_model(tower=tower, connector=connector), corpus())
 
 
 def connector_of(name: str, vision_dim: int = 24, text_dim: int = 32, **options: object) -> nn.Module:
@@ -62,7 +63,8 @@ def test_the_number_of_tokens_is_exact_and_says_nothing_of_other_pictures(name: 
 @pytest.mark.parametrize("name,tune", [(name, tune) for name in TINY for tune in (FULL, LORA, ALL_LORA)])
 def test_a_model_trains_saves_loads_and_answers(name: str, tune: dict, pictures: Path, tmp_path: Path) -> None:
     for number, tower in enumerate((CLIP, SIGLIP)):
-        model, processor, template = made(name, tower)
+        vlm = build_with(name, tower)
+        model, processor, template = vlm.model, vlm.processor, vlm.template
         assert processor.tokens_per_image == model.config.image_seq_length == TINY[name][1]
         rows = apply_tuning(model, Tune.model_validate(tune), seed=0)
         assert all(row.trainable for row in rows if row.part != "vision_tower")
@@ -83,14 +85,13 @@ def test_a_model_trains_saves_loads_and_answers(name: str, tune: dict, pictures:
             losses.append(loss.item())
         assert all(later < earlier for earlier, later in pairwise(losses))
         directory = tmp_path / str(number)
-        checkpoint.save(model, processor, template, directory)
-        loaded, same_processor, same_template, record = checkpoint.load(directory)
-        assert not record["plain"]
+        checkpoint.save(vlm, directory)
+        loaded = checkpoint.load(directory)
+        assert not loaded.record["plain"]
         with torch.no_grad():
-            torch.testing.assert_close(loaded(**inputs).logits, model(**inputs).logits, rtol=0, atol=0)
+            torch.testing.assert_close(loaded.model(**inputs).logits, model(**inputs).logits, rtol=0, atol=0)
         question = Sample([Message("user", f"<image>\n{WORDS[0]}")], [str(pictures / "3.png")])
-        sessions = Session(model, processor, template), Session(loaded, same_processor, same_template)
-        answers = [session.generate([question], max_new_tokens=5) for session in sessions]
+        answers = [Session(each).generate([question], max_new_tokens=5) for each in (vlm, loaded)]
         assert answers[0] == answers[1]
 
 
@@ -101,7 +102,7 @@ def test_queries_keep_their_own_initialisation_and_the_seed_covers_them(name: st
     drawn = []
     for seed, tower in ((1, CLIP), (1, SIGLIP), (2, CLIP)):
         spec["vision_tower"] = {"config": tower}
-        model, *_ = build(ModelSpec.model_validate(spec), corpus, seed=seed)
+        model = build_tiny(spec, corpus(), seed=seed).model
         drawn.append(getattr(model.model.multi_modal_projector, attribute).detach().clone())
     assert drawn[0].std().item() == pytest.approx(std, rel=0.05)
     assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
@@ -111,7 +112,7 @@ def test_queries_keep_their_own_initialisation_and_the_seed_covers_them(name: st
 def test_linear_layers_start_as_the_llms_do(name: str) -> None:
     spec = tiny_model(connector={name: TINY[name][0]})
     spec["llm"]["config"] = {**spec["llm"]["config"], "initializer_range": 0.3}
-    model, *_ = build(ModelSpec.model_validate(spec), corpus)
+    model = build_tiny(spec, corpus()).model
     for layer in model.model.multi_modal_projector.modules():
         if isinstance(layer, nn.Linear):
             assert layer.weight.std().item() == pytest.approx(0.3, rel=0.15)
@@ -120,11 +121,11 @@ def test_linear_layers_start_as_the_llms_do(name: str) -> None:
 
 @pytest.mark.parametrize("name", TINY)
 def test_in_bfloat16_what_is_saved_is_what_is_loaded(name: str, tmp_path: Path) -> None:
-    model, processor, template = made(name)
-    model = model.to(torch.bfloat16).eval()
+    vlm = build_with(name)
+    model = vlm.model.to(torch.bfloat16).eval()
     model.config.dtype = torch.bfloat16
-    checkpoint.save(model, processor, template, tmp_path)
-    loaded, *_ = checkpoint.load(tmp_path)
+    checkpoint.save(vlm, tmp_path)
+    loaded = checkpoint.load(tmp_path).model
     assert {parameter.dtype for parameter in loaded.parameters()} == {torch.bfloat16}
     pixels = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
@@ -136,8 +137,8 @@ def test_a_run_with_gradient_checkpointing_and_text_only_samples(pictures: Path,
     model = tiny_model(connector={"qformer": QFORMER})
     kwargs = {"max_steps": 2, "gradient_checkpointing": True}
     final = stage.run(recipe(pictures, model=model, stages=("finetune",), **kwargs), "tiny", tmp_path / "run")
-    trained, *_ = checkpoint.load(final)
-    fresh, *_ = build(ModelSpec.model_validate(model), corpus)
+    trained = checkpoint.load(final).model
+    fresh = build_tiny(model, corpus()).model
     for (name, after), before in zip(
         trained.model.multi_modal_projector.named_parameters(),
         fresh.model.multi_modal_projector.parameters(),
@@ -170,18 +171,18 @@ def test_mof_keeps_each_towers_channels_apart() -> None:
 
 def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(UserError, match=r"scale 3 does not divide the grid of 4 x 4 patches.*Scales that do: 2, 4"):
-        made("pixel_shuffle_mlp", scale=3)
+        build_with("pixel_shuffle_mlp", scale=3)
     with pytest.raises(UserError, match=r"square grid of patches, found 17 features.*feature_strategy: patch"):
         spec = tiny_model(connector="pixel_shuffle_mlp")
         spec["vision_tower"]["feature_strategy"] = "cls_patch"
-        build(ModelSpec.model_validate(spec), corpus)
+        build_tiny(spec, corpus())
     with pytest.raises(UserError, match="scale must be at least 1, found 0"):
         connector_of("pixel_shuffle_mlp", scale=0)
-    with pytest.raises(UserError, match="25 wide are not two equal halves"):
+    with pytest.raises(UserError, match="25 channels cannot be split into two equal halves"):
         connector_of("mof_mlp", vision_dim=25)
     with pytest.raises(UserError, match="first_dim 24 leaves no second tower in 24 channels"):
         connector_of("mof_mlp", first_dim=24)
-    with pytest.raises(UserError, match=r"no option num_layers.*num_hidden_layers"):
+    with pytest.raises(UserError, match=r"no option 'num_layers'.*num_hidden_layers"):
         connector_of("qformer", num_layers=3)
     with pytest.raises(UserError, match="hidden_size 100 is not a multiple of num_attention_heads 12"):
         connector_of("qformer", hidden_size=100)

@@ -5,11 +5,9 @@ import torch
 from torch import nn
 
 from tests.conftest import CLIP, tiny_model
-from tests.tiny_session import corpus
-from tinyllava.config import ModelSpec
+from tests.tiny_vlm import build_tiny
 from tinyllava.errors import UserError
 from tinyllava.factory import Factory
-from tinyllava.model.build import build
 
 QFORMER = {"num_queries": 7, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 OPTIONS: dict[str, list[dict]] = {  # others have their defaults only
@@ -19,7 +17,7 @@ OPTIONS: dict[str, list[dict]] = {  # others have their defaults only
     "qformer": [QFORMER, {**QFORMER, "num_queries": 1}],
     "resampler": [{"num_queries": 7, "layers": 1}, {"num_queries": 1, "layers": 2}],
 }
-CASES = [(name, options) for name in Factory("connectors").names() for options in OPTIONS.get(name, [{}])]
+CASES = [(name, options) for name in Factory("connectors").list_names() for options in OPTIONS.get(name, [{}])]
 
 
 def connector_of(name: str, options: dict, vision_dim: int = 32, text_dim: int = 32) -> nn.Module:
@@ -56,16 +54,16 @@ def test_names_that_are_none() -> None:
         with pytest.raises(UserError, match=f"unknown connector '{name}'"):
             Factory("connectors").resolve(name, {})
     for options in ({"layers": 0}, {"act": "gellu"}):
-        with pytest.raises(UserError, match="layers >= 1 and a known activation expected, found"):
+        with pytest.raises(UserError, match="expected layers >= 1 and a known activation, found"):
             connector_of("mlp", options)
 
 
 def test_identity_of_different_widths_names_connectors_that_fit() -> None:
     with pytest.raises(UserError, match=r"the tower is 24 wide and the LLM 32.* Use linear or mlp2x_gelu\.") as error:
-        build(ModelSpec.model_validate(tiny_model(connector="identity")), corpus)
+        build_tiny(tiny_model(connector="identity"))
     assert len(str(error.value).splitlines()) == 1
     spec = tiny_model(tower={**CLIP, "hidden_size": 16}, connector="identity")
     spec["vision_tower"]["feature_layer"] = [-2, -1]  # two layers, joined on channels
-    model, *_ = build(ModelSpec.model_validate(spec), corpus)
+    model = build_tiny(spec).model
     features = torch.randn(1, 3, 32)
     assert model.model.multi_modal_projector(features) is features

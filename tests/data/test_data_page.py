@@ -1,4 +1,4 @@
-"""docs/data.md, done as it says: its files are written, its commands and its Python run, its recipe reads its data."""
+"""docs/data.md, tested: its files are written, its commands and its Python run, its recipe reads its data."""
 
 import re
 import shlex
@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from tests.cli_tools import Said, command_line  # noqa: F401  (the fixture `tinyllava`)
+from tests.cli_tools import CommandResult, run_command_line  # noqa: F401  (the fixture `tinyllava`)
 from tinyllava.config import load_recipe
 from tinyllava.data import prepare
-from tinyllava.data.sources import read
+from tinyllava.data.sources import open_source
 from tinyllava.factory import Factory
 
 FENCE = "`" * 3
@@ -22,7 +22,7 @@ RECIPES = {"phi2-siglip-base": "llava-1.5", "phi2-siglip-share": "sharegpt4v"}
 
 
 def test_the_page_from_top_to_bottom(
-    tinyllava: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tinyllava: Callable[..., CommandResult], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TINYLLAVA_CACHE", str(tmp_path / "cache"))
@@ -35,32 +35,32 @@ def test_the_page_from_top_to_bottom(
     assert {name for name, _ in named} == {"my_data.json", "my_messages.jsonl", "make_table.py", "my-data.yaml"}
     subprocess.run([sys.executable, "make_table.py"], check=True, capture_output=True)
     for line in re.findall(r"^tinyllava (data check .*)$", PAGE, flags=re.M):
-        said = tinyllava(*shlex.split(line, comments=True))
-        assert said.code == 0 and "nothing is wrong" in said.out, said
+        result = tinyllava(*shlex.split(line, comments=True))
+        assert result.code == 0 and "nothing is wrong" in result.out, result
     for line in re.findall(r"^tinyllava (data prepare.*--check.*)$", PAGE, flags=re.M):
-        said = tinyllava(*shlex.split(line, comments=True))
-        assert said.code == 1 and "lacks" in said.out, said
+        result = tinyllava(*shlex.split(line, comments=True))
+        assert result.code == 1 and "missing" in result.out, result
     stage = load_recipe("my-data.yaml").stages["finetune"]
-    counts = [len(list(read(spec).samples())) for spec in stage.data]
+    counts = [len(list(open_source(spec).iterate_samples())) for spec in stage.data]
     assert counts == [3, 2, 1] and stage.on_bad_sample == "skip"
     Path("red.png").unlink()
-    said = tinyllava("data", "check", "my_table.parquet")  # the pictures are inside
-    assert said.code == 0, said
+    result = tinyllava("data", "check", "my_table.parquet")  # the pictures are inside
+    assert result.code == 0, result
     assert tinyllava("data", "check", "my_data.json", "--images", ".").code == 1
 
 
 def test_the_trees_on_the_page_are_those_of_the_descriptions_and_of_the_recipes() -> None:
-    for name in prepare.names():
-        for part in prepare.load(name).parts:
-            if prepare.load(name).kind == "training":
-                assert part.path in PAGE, part.path
-            elif not part.optional and "*" not in part.path:
-                folder, _, rest = part.path.partition("/")
+    for name in prepare.list_datasets():
+        for item in prepare.load_description(name).items:
+            if prepare.load_description(name).kind == "training":
+                assert item.path in PAGE, item.path
+            elif not item.optional and "*" not in item.path:
+                folder, _, rest = item.path.partition("/")
                 assert f"`{folder}/`" in PAGE
-                assert rest.split("/")[-1] in PAGE or "coco_pope" in rest or "v2_OpenEnded" in rest, part.path
-    assert all(f"| {name} |" in PAGE for name in Factory("benchmarks").names() if name in prepare.names())
+                assert rest.split("/")[-1] in PAGE or "coco_pope" in rest or "v2_OpenEnded" in rest, item.path
+    assert all(f"| {name} |" in PAGE for name in Factory("benchmarks").list_names() if name in prepare.list_datasets())
     for recipe, name in RECIPES.items():
         specs = [spec for stage in load_recipe(recipe).stages.values() for spec in stage.data]
-        described = {f"data/{one.path}": f"data/{one.images}" for one in prepare.load(name).annotations}
+        described = {f"data/{one.path}": f"data/{one.images}" for one in prepare.load_description(name).annotations}
         for spec in specs:
             assert Path(spec.images) == Path(described[spec.path]), spec

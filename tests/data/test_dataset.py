@@ -9,9 +9,10 @@ import torch
 from tinyllava.config import DataSpec
 from tinyllava.data import dataset as dataset_module
 from tinyllava.data.collate import Collator
-from tinyllava.data.dataset import build_dataset, split
+from tinyllava.data.dataset import build_dataset, hold_out
+from tinyllava.data.options import DataOptions
 from tinyllava.data.sample import Sample
-from tinyllava.data.template import Template, image_token_id
+from tinyllava.data.template import BoundTemplate, Template, image_token_id
 from tinyllava.errors import UserError
 
 TOKENS = 5  # positions of a picture
@@ -25,12 +26,12 @@ def pixels(images) -> torch.Tensor:
 
 @pytest.fixture
 def build(tokenizer, folder):
-    """build(path or DataSpec, ...) -> dataset; keyword arguments are build_dataset's."""
+    """build(path or DataSpec, ...) -> dataset; keyword arguments are those of DataOptions."""
 
     def build(*specs, **options):
         specs = [DataSpec(path=spec, images=str(folder)) if isinstance(spec, str) else spec for spec in specs]
         defaults = {"template": Template.load("phi"), "tokens_per_image": TOKENS, "max_length": 1000, "pixels": pixels}
-        return build_dataset(specs, tokenizer=tokenizer, **{**defaults, **options})
+        return build_dataset(specs, DataOptions(tokenizer=tokenizer, **{**defaults, **options}))
 
     return build
 
@@ -62,7 +63,7 @@ def test_items_are_the_template_s_ids_with_pictures_expanded(build, write, llava
     assert data[1]["pixel_values"].shape == (2, 3, 4, 4)
     assert data[1]["pixel_values"].amax(dim=(2, 3)).argmax(dim=1).tolist() == [1, 2]  # green, then blue
     assert list(data.ids) == data.ids[:] == ["one", "two", "text"]
-    assert [image.size for image in data.images(1)] == [(32, 24), (32, 24)]
+    assert [image.size for image in data.load_images(1)] == [(32, 24), (32, 24)]
 
 
 def test_pictures_inside_records(build, folder, tmp_path):
@@ -120,9 +121,9 @@ def test_both_numbers_of_a_mismatch_are_named(build, write, llava):
 def test_bad_samples_are_dropped_and_counted(build, bad):
     data = build(bad, on_bad_sample="skip")
     assert list(data.ids) == ["good"]
-    assert {kind: entry["ids"] for kind, entry in data.report.items()} == KINDS
-    assert all(entry["count"] == len(entry["ids"]) for entry in data.report.values())
-    assert data.report["missing_image"]["first"].startswith("picture absent.jpg not found under")
+    assert {kind: entry["ids"] for kind, entry in data.bad_records.to_dict().items()} == KINDS
+    assert all(entry["count"] == len(entry["ids"]) for entry in data.bad_records.to_dict().values())
+    assert data.bad_records.to_dict()["missing_image"]["first"].startswith("image absent.jpg not found under")
     assert data.sources[0]["records"] == 10 and data.sources[0]["usable"] == 1
 
 
@@ -133,11 +134,11 @@ def test_nothing_to_learn(build, write, llava, tmp_path):
     )
     records = [llava("a", None, ("say:", "word")), llava("b", None, ("say:", "hush"))]
     data = build(write(records), template=Template.load(tmp_path / "mute.jinja"), on_bad_sample="skip")
-    assert list(data.ids) == ["a"] and data.report["nothing_to_learn"]["ids"] == ["b"]
+    assert list(data.ids) == ["a"] and data.bad_records.to_dict()["nothing_to_learn"]["ids"] == ["b"]
 
 
 def test_nothing_left(build, bad, write, llava):
-    with pytest.raises(UserError, match=r"no sample is left of .*only_bad\.json: dropped 1 empty_answer"):
+    with pytest.raises(UserError, match=r"no usable sample is left in .*only_bad\.json: dropped 1 empty_answer"):
         build(write([llava(*BAD["empty_answer"])], "only_bad.json"), on_bad_sample="skip")
 
 
@@ -147,7 +148,7 @@ def test_over_long_samples_lose_whole_rounds_from_the_end(build, write, llava, t
     record["conversations"].insert(0, {"from": "system", "value": "be brief"})
     path = write([record])
     whole = build(path)
-    assert whole.report == {}
+    assert whole.bad_records.to_dict() == {}
     per_length = {}
     for limit in range(int(whole.lengths[0]) - 1, 0, -7):
         data = build(path, max_length=limit, on_bad_sample="skip") if limit > 60 else None
@@ -161,11 +162,15 @@ def test_over_long_samples_lose_whole_rounds_from_the_end(build, write, llava, t
         text = tokenizer.decode(item["labels"][item["labels"] != -100])
         assert re.findall(r"answer (\d)", text) == [str(n) for n in range(pictures)]
         assert item["input_ids"].tolist() == whole[0]["input_ids"][: len(item["input_ids"])].tolist()
-        assert data.report["shortened"] == {"count": 1, "ids": ["long"], "first": f"kept {pictures} of 6 rounds"}
+        assert data.bad_records.to_dict()["shortened"] == {
+            "count": 1,
+            "ids": ["long"],
+            "first": f"kept {pictures} of 6 rounds",
+        }
         per_length[limit] = pictures
     assert set(per_length.values()) >= {2, 3, 4, 5} and list(per_length.values()) == sorted(per_length.values())[::-1]
     with pytest.raises(
-        UserError, match=r"1 too_long \(long\).*6 x 5 for pictures.*first round alone is over max_length 20"
+        UserError, match=r"1 too_long \(long\).*6 x 5 for images.*first round alone is over max_length 20"
     ):
         build(path, max_length=20)
 
@@ -191,8 +196,8 @@ def test_weights_and_several_files(build, write, llava, folder):
 def test_tokenised_once_and_again_when_something_changes(build, write, llava, tokenizer, monkeypatch):
     path = write([llava("1", "red.jpg", ("<image> what?", "a cat"))])
     calls = []
-    original = Template.encode
-    monkeypatch.setattr(Template, "encode", lambda *a: calls.append(1) or original(*a))
+    original = BoundTemplate.encode
+    monkeypatch.setattr(BoundTemplate, "encode", lambda *a: calls.append(1) or original(*a))
     first = build(path)
     assert calls == [1]
     assert build(path).fingerprint == first.fingerprint
@@ -245,7 +250,7 @@ def test_unreadable_picture_in_a_worker(build, write, llava):
     with pytest.raises(UserError) as error:
         batches("error")
     assert re.fullmatch(
-        r"record bad: picture \S+broken\.jpg cannot be decoded \(.*\)\. Repair it, or set `on_bad_sample: skip`\.",
+        r"record bad: image \S+broken\.jpg cannot be decoded \(.*\)\. Repair it, or set `on_bad_sample: skip`\.",
         str(error.value),
     )
     (batch,) = batches("skip")
@@ -269,15 +274,15 @@ def test_split_never_shares_a_record(build, write, llava):
     path = write([llava(str(n), None, ("say:", f"word {n}")) for n in range(20)])
     data = build(DataSpec(path=path, weight=2.0))
     for holdout, count in ((0.25, 5), (3, 3)):
-        train, validation = split(data, holdout, seed=1)
+        train, validation = hold_out(data, holdout, seed=1)
         assert len(validation) == len(set(validation.ids)) == count
         assert len(train) == 2 * (20 - count) and not set(train.ids) & set(validation.ids)
         assert validation[0]["index"] == 0 and len(validation.lengths) == count
         assert len({data.fingerprint, train.fingerprint, validation.fingerprint}) == 3
-    assert list(split(data, 3, seed=1)[1].ids) == list(split(data, 3, seed=1)[1].ids)
-    assert list(split(data, 3, seed=1)[1].ids) != list(split(data, 3, seed=2)[1].ids)
+    assert list(hold_out(data, 3, seed=1)[1].ids) == list(hold_out(data, 3, seed=1)[1].ids)
+    assert list(hold_out(data, 3, seed=1)[1].ids) != list(hold_out(data, 3, seed=2)[1].ids)
     with pytest.raises(UserError, match="cannot hold out 20 of 20"):
-        split(data, 20)
+        hold_out(data, 20)
 
 
 def test_a_tokenizer_without_image_token_is_refused_first(tokenizer):
@@ -291,11 +296,7 @@ def test_a_tokenizer_without_image_token_is_refused_first(tokenizer):
     with pytest.raises(UserError, match="no <image> token"):
         build_dataset(
             [DataSpec(path="not even looked at")],
-            template=Template.load("phi"),
-            tokenizer=plain,
-            tokens_per_image=TOKENS,
-            pixels=pixels,
-            max_length=10,
+            DataOptions(Template.load("phi"), plain, tokens_per_image=TOKENS, pixels=pixels, max_length=10),
         )
 
 
@@ -316,7 +317,7 @@ def test_streaming_gives_the_same_items(build, bad, write, llava):
     spec = DataSpec(path=bad, images=folder, streaming=True)
     stream = build(spec, on_bad_sample="skip")
     assert len(list(stream)) == 1
-    found = {kind: sorted(entry["ids"]) for kind, entry in stream.report.items()}
+    found = {kind: sorted(entry["ids"]) for kind, entry in stream.bad_records.to_dict().items()}
     assert found == {kind: sorted(ids) for kind, ids in KINDS.items()}
     with pytest.raises(UserError, match=r"record \S+: .*Repair it, or set `on_bad_sample: skip`"):
         list(build(spec))
@@ -330,6 +331,6 @@ def test_streams_are_mixed_by_weight(build, write, llava):
         path = write([llava(f"{name}{n}", None, ("say:", name)) for n in range(200)], f"{name}.json")
         specs.append(DataSpec(path=path, weight=weight, streaming=True))
     stream = build(*specs)
-    order = [record["id"][0] for _, record in stream._records()]
+    order = [record["id"][0] for _, record in stream._mix_records()]
     assert order.count("a") == order.count("b") == 200
     assert 60 < order[:100].count("b") < 90

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tinyllava.data.images import absent, open_image
+from tinyllava.data.images import find_file_fault, open_image
 from tinyllava.data.sample import SampleError
 
 RED = (250, 5, 5)
@@ -101,7 +101,7 @@ def test_draft_decodes_smaller_but_never_below_the_hint(tmp_path):
         ("red.gif", "missing_image", r"red\.gif not found .*\(there is .*red\.jpg\)"),
         ("empty.jpg", "unreadable_image", r"empty\.jpg has zero bytes"),
         ("broken.jpg", "unreadable_image", r"broken\.jpg cannot be decoded \(.*truncated"),
-        ("text.png", "unreadable_image", r"text\.png is not a picture"),
+        ("text.png", "unreadable_image", r"text\.png is not an image"),
     ],
 )
 def test_faults_name_the_path(folder, name, kind, text):
@@ -125,6 +125,6 @@ def test_every_cut_of_a_file_is_read_or_refused_and_never_crashes(tmp_path):
 
 
 def test_absent_looks_at_the_directory_entry_only(folder):
-    assert absent("broken.jpg", [str(folder)]) is None
-    assert absent("empty.jpg", [str(folder)]).kind == "unreadable_image"
-    assert absent("absent.jpg", [str(folder)]).kind == "missing_image"
+    assert find_file_fault("broken.jpg", [str(folder)]) is None
+    assert find_file_fault("empty.jpg", [str(folder)]).kind == "unreadable_image"
+    assert find_file_fault("absent.jpg", [str(folder)]).kind == "missing_image"

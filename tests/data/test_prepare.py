@@ -1,4 +1,4 @@
-"""Getting data: what belongs where, real downloads from a server of this process, and what is said when they fail."""
+"""Prepare data: the place of each file, real downloads from a server in this process, and the errors."""
 
 import hashlib
 import json
@@ -18,10 +18,10 @@ import pytest
 import yaml
 from PIL import Image
 
-from tests.cli_tools import Said, assert_refused, command_line  # noqa: F401  (the fixture `tinyllava`)
+from tests.cli_tools import CommandResult, assert_refused, run_command_line  # noqa: F401  (the fixture `tinyllava`)
 from tinyllava.data import prepare
 from tinyllava.data.prepare import check, fetch
-from tinyllava.data.prepare.fetch import NotFetched, Unreachable, download, unpack
+from tinyllava.data.prepare.fetch import DownloadError, Unreachable, download_url, unpack_zip
 from tinyllava.factory import Factory
 
 CONTENT = bytes(range(256)) * 4000
@@ -31,11 +31,12 @@ SHA = "7" * 40
 class Files(BaseHTTPRequestHandler):
     """Files by path, in ranges; and the same as datasets of a hub, at /datasets/OWNER/NAME/PATH.
 
-    The server's `drops` is how many answers to break off half-way, `ranges` whether it knows them, `asked` what it was.
+    `server.drops` is the number of answers to break off half-way, `server.ranges` whether it supports ranges, and
+    `server.asked` the requests so far.
     """
 
     def log_message(self, *_: object) -> None:
-        """Says nothing."""
+        """Log nothing."""
 
     def do_HEAD(self) -> None:
         self.answer(with_body=False)
@@ -52,13 +53,15 @@ class Files(BaseHTTPRequestHandler):
         if owner == "no":
             self.send_error(404)
             return
-        prefix, found = f"/datasets/{owner}/{name}/", []
+        prefix, actual = f"/datasets/{owner}/{name}/", []
         for file, content in self.server.files.items():
             if file.startswith(prefix):
                 sha = self.server.checksums.get(file) or hashlib.sha256(content).hexdigest()
                 one = {"type": "file", "path": file.removeprefix(prefix), "size": len(content), "oid": "0" * 40}
-                found.append({**one, "lfs": {"oid": sha, "size": len(content), "pointerSize": 100}})
-        body = json.dumps(found if "/tree/" in path else {"id": f"{owner}/{name}", "sha": SHA, "siblings": []}).encode()
+                actual.append({**one, "lfs": {"oid": sha, "size": len(content), "pointerSize": 100}})
+        body = json.dumps(
+            actual if "/tree/" in path else {"id": f"{owner}/{name}", "sha": SHA, "siblings": []}
+        ).encode()
         self.send_response(200)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(body)))
@@ -111,7 +114,7 @@ def no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def datasets(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Path]:
-    """datasets(name=..., ...) writes a YAML of its own for this test; returns the folder."""
+    """datasets(name=..., ...) writes the YAML of a dataset for this test and returns the folder."""
     folder = tmp_path / "datasets"
     folder.mkdir()
     monkeypatch.setattr(prepare, "FOLDER", folder)
@@ -127,53 +130,55 @@ def datasets(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., P
 # -- one file -------------------------------------------------------------------------------------------------------
 
 
-def test_a_download_goes_on_where_it_broke_off(server: ThreadingHTTPServer, tmp_path: Path) -> None:
+def test_a_download_resumes_where_it_stopped(server: ThreadingHTTPServer, tmp_path: Path) -> None:
     server.drops = 2
-    download(f"{server.address}/big.bin", tmp_path / "a/big.bin", hashlib.sha256(CONTENT).hexdigest())
+    download_url(f"{server.address}/big.bin", tmp_path / "a/big.bin", hashlib.sha256(CONTENT).hexdigest())
     assert (tmp_path / "a/big.bin").read_bytes() == CONTENT
     half = len(CONTENT) // 2
     assert [start for _, start in server.asked] == [0, half, half + half // 2]  # no byte was asked for twice
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["big.bin"]
 
 
-def test_a_download_goes_on_after_the_process_died(server: ThreadingHTTPServer, tmp_path: Path) -> None:
+def test_a_download_resumes_after_the_process_died(server: ThreadingHTTPServer, tmp_path: Path) -> None:
     for done in (CONTENT[:1000], CONTENT):  # the second died before the renaming
         server.asked.clear()
         (tmp_path / "big.bin.partial").write_bytes(done)
-        download(f"{server.address}/big.bin", tmp_path / "big.bin")
+        download_url(f"{server.address}/big.bin", tmp_path / "big.bin")
         assert (tmp_path / "big.bin").read_bytes() == CONTENT
         assert server.asked == [("/big.bin", len(done))]
 
 
 def test_a_server_without_ranges_begins_anew(server: ThreadingHTTPServer, tmp_path: Path) -> None:
     server.ranges, server.drops = False, 1
-    download(f"{server.address}/big.bin", tmp_path / "big.bin")
+    download_url(f"{server.address}/big.bin", tmp_path / "big.bin")
     assert (tmp_path / "big.bin").read_bytes() == CONTENT
 
 
-def test_a_wrong_checksum_is_told_and_leaves_nothing(server: ThreadingHTTPServer, tmp_path: Path) -> None:
-    right, found = hashlib.sha256(CONTENT).hexdigest(), hashlib.sha256(CONTENT[::-1]).hexdigest()
+def test_a_wrong_checksum_is_an_error_and_leaves_no_file(server: ThreadingHTTPServer, tmp_path: Path) -> None:
+    right, actual = hashlib.sha256(CONTENT).hexdigest(), hashlib.sha256(CONTENT[::-1]).hexdigest()
     server.files["/big.bin"] = CONTENT[::-1]
-    with pytest.raises(NotFetched, match=f"SHA-256 is {found}, expected {right}.*run this again"):
-        download(f"{server.address}/big.bin", tmp_path / "big.bin", right)
+    with pytest.raises(DownloadError, match=f"SHA-256 {actual}, expected {right}.*Run the command again"):
+        download_url(f"{server.address}/big.bin", tmp_path / "big.bin", right)
     assert not list(tmp_path.iterdir())
     server.files["/big.bin"] = CONTENT
-    download(f"{server.address}/big.bin", tmp_path / "big.bin", right)
+    download_url(f"{server.address}/big.bin", tmp_path / "big.bin", right)
 
 
-def test_what_cannot_be_had(server: ThreadingHTTPServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(NotFetched, match=r"gone.bin: the server says 404"):
-        download(f"{server.address}/gone.bin", tmp_path / "gone.bin")
+def test_downloads_that_are_impossible(
+    server: ThreadingHTTPServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(DownloadError, match=r"gone.bin: the server answered 404"):
+        download_url(f"{server.address}/gone.bin", tmp_path / "gone.bin")
     with pytest.raises(Unreachable, match="refused"):
-        download("http://127.0.0.1:9/big.bin", tmp_path / "big.bin")
+        download_url("http://127.0.0.1:9/big.bin", tmp_path / "big.bin")
     server.drops = 100
-    with pytest.raises(NotFetched, match=r"broke off: it ended too early.*goes on from there"):
-        download(f"{server.address}/big.bin", tmp_path / "slow.bin")
+    with pytest.raises(DownloadError, match=r"interrupted: the connection was closed too early.*again to resume"):
+        download_url(f"{server.address}/big.bin", tmp_path / "slow.bin")
     assert len(CONTENT) * 0.9 < (tmp_path / "slow.bin.partial").stat().st_size < len(CONTENT)
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(fetch.shutil, "disk_usage", lambda _: usage)
-    with pytest.raises(NotFetched, match=r"needs 0.0 GB more, and 0.0 GB are free in"):
-        download(f"{server.address}/big.bin", tmp_path / "full.bin")
+    with pytest.raises(DownloadError, match=r"requires 0.0 GB more, but only 0.0 GB are free in"):
+        download_url(f"{server.address}/big.bin", tmp_path / "full.bin")
 
 
 # -- zips -----------------------------------------------------------------------------------------------------------
@@ -185,7 +190,7 @@ def test_a_zip_is_unpacked_whether_it_names_its_folder_or_not(tmp_path: Path, in
     with zipfile.ZipFile(archive, "w") as file:
         for number in range(3):
             file.writestr(f"{inside}0{number}/{number}.jpg", f"picture {number}")
-    unpack(archive, folder)
+    unpack_zip(archive, folder)
     assert sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.jpg")) == [
         "00/0.jpg",
         "01/1.jpg",
@@ -195,43 +200,43 @@ def test_a_zip_is_unpacked_whether_it_names_its_folder_or_not(tmp_path: Path, in
     with zipfile.ZipFile(archive, "w") as file:
         file.writestr(f"{inside}00/new.jpg", "later")
         file.writestr(f"{inside}01/1.jpg", "changed")
-    unpack(archive, folder)  # beside what other parts left there
+    unpack_zip(archive, folder)  # beside what other parts left there
     assert (folder / "00/new.jpg").read_text() == "later" and (folder / "00/0.jpg").read_text() == "picture 0"
 
 
-def test_a_damaged_zip_is_no_data(tmp_path: Path) -> None:
+def test_a_damaged_zip_is_refused(tmp_path: Path) -> None:
     archive = tmp_path / "images.zip"
     with zipfile.ZipFile(archive, "w") as file:
         file.writestr("1.jpg", "picture " * 100)
     whole = archive.read_bytes()
     archive.write_bytes(whole[:60] + b"?" + whole[61:])
-    with pytest.raises(NotFetched, match=r"images.zip is damaged \(Bad CRC.*run this again"):
-        unpack(archive, tmp_path / "images")
+    with pytest.raises(DownloadError, match=r"images.zip is damaged \(Bad CRC.*Run the command again"):
+        unpack_zip(archive, tmp_path / "images")
     assert not archive.exists() and not (tmp_path / "images").exists()
 
 
 @pytest.mark.parametrize("path", ["coco/train2017/", "coco/first.json"])
-def test_a_zip_leaves_what_is_in_it_and_nothing_else(server: ThreadingHTTPServer, tmp_path: Path, path: str) -> None:
+def test_only_the_content_of_a_zip_stays(server: ThreadingHTTPServer, tmp_path: Path, path: str) -> None:
     with zipfile.ZipFile(tmp_path / "x.zip", "w") as file:
         for name in ("train2017/1.jpg", "train2017/2.jpg") if path.endswith("/") else ("coco/first.json", "coco/a/2"):
             file.writestr(name, "content")
     server.files["/zips/x.zip"] = (tmp_path / "x.zip").read_bytes()
     root = tmp_path / "root"
-    fetch.fetch(prepare.Part(path=path, url=f"{server.address}/zips/x.zip"), root)
-    found = sorted(file.relative_to(root).as_posix() for file in root.rglob("*") if file.is_file())
+    fetch.fetch_item(prepare.Item(path=path, url=f"{server.address}/zips/x.zip"), root)
+    actual = sorted(file.relative_to(root).as_posix() for file in root.rglob("*") if file.is_file())
     expected = (
         ["coco/train2017/1.jpg", "coco/train2017/2.jpg"] if path.endswith("/") else ["coco/a/2", "coco/first.json"]
     )
-    assert found == expected
+    assert actual == expected
 
 
 @pytest.mark.parametrize(("there", "text"), [(3, ""), (2, "2 of 3 files")])
-def test_a_table_of_which_a_file_lacks_is_not_there(tmp_path: Path, there: int, text: str) -> None:
+def test_a_table_with_a_missing_file_is_not_complete(tmp_path: Path, there: int, text: str) -> None:
     (tmp_path / "data").mkdir()
     for number in range(there):
         (tmp_path / f"data/test-{number:05d}-of-00003.parquet").write_bytes(b"x")
-    found = check.look(prepare.Part(path="data/test-*.parquet", hub="a/b", file="data/test-*.parquet"), tmp_path)
-    assert found.good == (there == 3) and text in found.text
+    actual = check.check_item(prepare.Item(path="data/test-*.parquet", hub="a/b", file="data/test-*.parquet"), tmp_path)
+    assert actual.is_complete == (there == 3) and text in actual.text
 
 
 # -- whole datasets, through the command line -----------------------------------------------------------------------
@@ -278,7 +283,7 @@ def test_a_benchmark_from_a_page_and_from_the_hub(
     server.checksums[shard] = hashlib.sha256(whole).hexdigest()
     damaged = run(folder, server, "pope", "--root", root)
     assert damaged.returncode == 1, damaged.stderr
-    assert "test-00000-of-00001.parquet of some/POPE had a wrong checksum" in damaged.stderr
+    assert "wrong checksum: data/test-00000-of-00001.parquet of some/POPE" in damaged.stderr
     assert (
         "dataset no/such on the Hub: HfHubHTTPError, Client error '404" in damaged.stderr
         and "no connection" not in damaged.stderr
@@ -289,18 +294,18 @@ def test_a_benchmark_from_a_page_and_from_the_hub(
     server.asked.clear()
     done = run(folder, server, "pope", "--root", root)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "3 questions on 3 pictures, all there" in done.stdout
+    assert "3 questions on 3 images, no image missing" in done.stdout
     starts = [start for path, start in server.asked if path == shard]
     assert len(starts) == 2 and starts[0] == 0 < starts[1]  # broken off, and on from there
     assert {path for path, _ in server.asked} == {shard}  # what was there already was not fetched again
-    assert "by hand, in a zip: https://x (needed only for its order)" in done.stdout
+    assert "download by hand, in a zip: https://x (only for its order)" in done.stdout
     assert not list(root.rglob("train-*"))
     again = run(folder, server, "pope", "--root", root, "--check")
     assert again.returncode == 0 and again.stderr == ""
 
 
 def test_without_a_network_the_rest_is_checked(
-    tinyllava: Callable[..., Said], datasets: Callable[..., Path], tmp_path: Path
+    tinyllava: Callable[..., CommandResult], datasets: Callable[..., Path], tmp_path: Path
 ) -> None:
     nowhere = "http://127.0.0.1:9"
     datasets(
@@ -320,21 +325,24 @@ def test_without_a_network_the_rest_is_checked(
     (tmp_path / "h.json").write_text("[0]")
     (tmp_path / "f").mkdir()
     (tmp_path / "f/1.jpg").write_text("x")
-    said = tinyllava("data", "prepare", "far", "--root", tmp_path)
-    assert said.code == 1 and "Traceback" not in said.err
-    assert said.err.count("no connection to") == 1 and "127.0.0.1, the Hub" in said.err
-    assert said.err.count("fetching") == 2  # not one more from a place that cannot be reached
-    lines = [" ".join(line.split()) for line in said.out.splitlines()]
-    assert "there a.json 2 bytes" in lines
-    assert "there g/ 3 bytes (h.json)" in lines
-    assert "lacks b.json from http://127.0.0.1:9/b.json" in lines
-    assert "lacks d/ by hand, on request: https://forms.example.org" in lines
-    assert any(line.startswith("lacks e.json another checksum than its publisher's") for line in lines)
-    assert any(line.startswith("lacks f/ 1 files, expected 2") for line in lines)
+    result = tinyllava("data", "prepare", "far", "--root", tmp_path)
+    assert result.code == 1 and "Traceback" not in result.err
+    assert result.err.count("cannot connect to") == 1 and "127.0.0.1, the Hub" in result.err
+    assert result.err.count("downloading") == 2  # not one more from a place that cannot be reached
+    lines = [" ".join(line.split()) for line in result.out.splitlines()]
+    assert "ok a.json 2 bytes" in lines
+    assert "ok g/ 3 bytes (h.json)" in lines
+    assert "missing b.json download from http://127.0.0.1:9/b.json" in lines
+    assert "missing d/ download by hand, on request: https://forms.example.org" in lines
+    assert any(line.startswith("missing e.json wrong checksum") for line in lines)
+    assert any(line.startswith("missing f/ 1 files, expected 2") for line in lines)
 
 
 def test_training_files_and_the_pictures_that_they_name(
-    tinyllava: Callable[..., Said], datasets: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tinyllava: Callable[..., CommandResult],
+    datasets: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     root = tmp_path / "root"
     records = [{"id": 0, "conversations": []}]
@@ -351,45 +359,48 @@ def test_training_files_and_the_pictures_that_they_name(
     datasets("mix", parts=parts, annotations=[numbers])
     listed, listdir = [], os.listdir
     monkeypatch.setattr(check.os, "listdir", lambda folder: listed.append(folder) or listdir(folder))
-    said = tinyllava("data", "prepare", "mix", "--root", root, "--check")
-    assert said.code == 1
-    assert "mix.json: 301 records, 300 with a picture\n" in said.out
-    assert "coco/train2017: 150 pictures, 6 lack, like coco/train2017/000000000001.jpg, coco" in said.out
-    assert "vg/VG_100K: 150 pictures, all there" in said.out
-    assert "web: 1 pictures, 1 lack, like web/x.jpg" in said.out
+    result = tinyllava("data", "prepare", "mix", "--root", root, "--check")
+    assert result.code == 1
+    assert "mix.json: 301 records, 300 with an image\n" in result.out
+    assert "coco/train2017: 150 images, 6 missing, such as coco/train2017/000000000001.jpg, coco" in result.out
+    assert "vg/VG_100K: 150 images, none missing" in result.out
+    assert "web: 1 images, 1 missing, such as web/x.jpg" in result.out
     assert len(listed) == len(set(listed)) == 4  # each folder once; web/ is none
 
     (root / "mix.json").write_text(json.dumps(records[:100])[:-1])
-    said = tinyllava("data", "prepare", "mix", "--root", root, "--check")
-    assert said.code == 1 and "mix.json: " in said.out and "is not valid JSON" in said.out
+    result = tinyllava("data", "prepare", "mix", "--root", root, "--check")
+    assert result.code == 1 and "mix.json: " in result.out and "is not valid JSON" in result.out
     (root / "mix.json").write_text(json.dumps(records[:100]))
-    said = tinyllava("data", "prepare", "mix", "--root", root, "--check")
-    assert "100 records, 99 with a picture (expected 301, 300 with a picture: another release?)" in said.out
+    result = tinyllava("data", "prepare", "mix", "--root", root, "--check")
+    assert "100 records, 99 with an image (expected 301, 300 with an image: is this another release?)" in result.out
 
 
 # -- the descriptions that come with the package --------------------------------------------------------------------
 
 
-def test_there_is_one_for_each_of_the_eight_and_for_the_training_data(tinyllava: Callable[..., Said]) -> None:
-    benchmarks = {name for name in prepare.names() if prepare.load(name).kind == "benchmark"}
+def test_there_is_a_description_for_each_benchmark_and_for_the_training_data(
+    tinyllava: Callable[..., CommandResult],
+) -> None:
+    benchmarks = {name for name in prepare.list_datasets() if prepare.load_description(name).kind == "benchmark"}
     assert benchmarks == {"gqa", "mme", "mmmu", "mmvet", "pope", "scienceqa", "textvqa", "vqav2"}
-    assert set(prepare.names()) - benchmarks == {"llava-1.5", "sharegpt4v"}
-    said = tinyllava("data", "prepare")
-    assert said.code == 0 and all(name in said.out for name in prepare.names())
+    assert set(prepare.list_datasets()) - benchmarks == {"llava-1.5", "sharegpt4v"}
+    result = tinyllava("data", "prepare")
+    assert result.code == 0 and all(name in result.out for name in prepare.list_datasets())
     assert_refused(tinyllava("data", "prepare", "pop"), "unknown dataset 'pop'", "did you mean 'pope'")
 
 
-def test_descriptions_say_what_benchmarks_and_recipes_look_for() -> None:
-    for name in prepare.names():
-        dataset = prepare.load(name)
-        paths = [path for part in dataset.parts for path in (part.path, *part.also)]
+def test_descriptions_have_the_files_that_benchmarks_and_recipes_read() -> None:
+    for name in prepare.list_datasets():
+        dataset = prepare.load_description(name)
+        paths = [path for item in dataset.items for path in (item.path, *item.also)]
         assert not any(path.startswith(("/", ".")) for path in paths)
         if dataset.kind == "benchmark":
-            folder = Factory("benchmarks").get(name).FOLDER
+            folder = Factory("benchmarks").get(name).folder
             assert all(path.startswith(f"{folder}/") for path in paths), name
-        for part in dataset.parts:
-            assert part.sha256 is None or len(part.sha256) == 64
-            assert not part.hub or part.path.endswith((part.file, "/")), part.path
-    folders = {part.path for part in prepare.load("llava-1.5").parts}
+        for item in dataset.items:
+            assert item.sha256 is None or len(item.sha256) == 64
+            assert not item.hub or item.path.endswith((item.file, "/")), item.path
+    folders = {item.path for item in prepare.load_description("llava-1.5").items}
     assert folders >= {"coco/train2017/", "gqa/images/", "ocr_vqa/images/", "textvqa/train_images/", "vg/VG_100K/"}
-    assert folders < {part.path for part in prepare.load("sharegpt4v").parts} | {"text_files/llava_v1_5_mix665k.json"}
+    of_sharegpt4v = {item.path for item in prepare.load_description("sharegpt4v").items}
+    assert folders < of_sharegpt4v | {"text_files/llava_v1_5_mix665k.json"}

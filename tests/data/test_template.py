@@ -17,8 +17,9 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
 import tinyllava.templates
+from tinyllava.data.labels import mask
 from tinyllava.data.sample import Message, Sample, SampleError
-from tinyllava.data.spans import adds_bos, mask
+from tinyllava.data.special_tokens import adds_bos
 from tinyllava.data.template import Template, add_image_token, image_token_id
 from tinyllava.errors import UserError
 from tinyllava.factory import Factory
@@ -152,14 +153,14 @@ def bare(text: str) -> str:
 @pytest.mark.parametrize("name", ["pretrain", *CHATS])
 def test_supervised_is_what_follows_the_prompt(name, kind, compat, load):
     tokenizer, template = load(kind), Template.load(name, compat=compat)
-    end = template.end_of_turn(tokenizer)
+    end = template.get_end_of_turn(tokenizer)
     for case, sample in HARD.items():
         sample = template.adapt(captions(sample) if name == "pretrain" else sample)
         encoded = template.encode(sample, tokenizer)
         ids, labels, at = encoded["input_ids"], encoded["labels"], 0
         assert len(ids) == len(labels) and all(label in (-100, token) for label, token in zip(labels, ids, strict=True))
         for turn in answers(sample):
-            prompt = template.prompt(Sample(sample.messages[:turn]), tokenizer)
+            prompt = template.encode_prompt(Sample(sample.messages[:turn]), tokenizer)
             before = prompt["input_ids"]
             if compat and name == "pretrain":  # the original's prompt has a slot in the answer's place
                 before = template.tokenize(prompt["text"].removesuffix(template.PRETRAIN_PROMPT), tokenizer)[0]
@@ -178,7 +179,7 @@ def test_supervised_is_what_follows_the_prompt(name, kind, compat, load):
 @pytest.mark.parametrize("name", ["pretrain", *CHATS])
 def test_ids_are_those_of_apply_chat_template(name, kind, load, tmp_path):
     tokenizer, template = load(kind), Template.load(name)
-    jinja = template.chat_template(tokenizer)
+    jinja = template.get_chat_template(tokenizer)
     bos = tokenizer.bos_token_id if adds_bos(tokenizer) else None
     for sample in HARD.values():
         sample = captions(sample) if name == "pretrain" else sample
@@ -186,7 +187,7 @@ def test_ids_are_those_of_apply_chat_template(name, kind, load, tmp_path):
         assert ids == tokenizer.apply_chat_template(sample.to_messages(), chat_template=jinja)["input_ids"]
         assert (ids[0] == bos) == (bos is not None)
         question = sample.messages[: answers(sample)[-1]]
-        prompt = template.prompt(sample, tokenizer)
+        prompt = template.encode_prompt(sample, tokenizer)
         rendered = {"chat_template": jinja, "add_generation_prompt": True}
         served = tokenizer.apply_chat_template(Sample(question).to_messages(), **rendered)
         assert prompt["input_ids"] == served["input_ids"] == tokenizer.encode(prompt["text"], add_special_tokens=False)
@@ -199,7 +200,7 @@ def test_bos_once_exactly_where_the_tokenizer_adds_it(load):
     expected = {"phi": False, "qwen": False, "bos": True, "gemma": True, "llama": True, "llama_legacy": True}
     assert {kind: adds_bos(load(kind)) for kind in TOKENIZERS} == expected
     for kind, adds in expected.items():
-        source = Template.load("phi").chat_template(load(kind))
+        source = Template.load("phi").get_chat_template(load(kind))
         assert source.startswith("{{ bos_token }}") == adds
         ids = Template.load("phi").encode(HARD["picture"], load(kind))["input_ids"]
         assert ids.count(load(kind).bos_token_id) == adds or kind == "phi"  # whose BOS also ends turns
@@ -226,7 +227,7 @@ def test_parts_and_text_give_the_same_ids(name, case, load):
     sample.check()
     for kind in ("llama", "qwen"):
         tokenizer, template = load(kind), Template.load(name)
-        jinja = template.chat_template(tokenizer)
+        jinja = template.get_chat_template(tokenizer)
         ids = template.encode(sample, tokenizer)["input_ids"]
         assert ids == tokenizer.apply_chat_template(messages, chat_template=jinja)["input_ids"]
         assert ids.count(image_token_id(tokenizer)) == images
@@ -239,7 +240,7 @@ def test_a_llava_processor_makes_the_same_ids(name, kind, load):
     tokenizer, template = load(kind), Template.load(name)
     square = {"height": 28, "width": 28}
     images = LlavaImageProcessorPil(size=square, crop_size=square, do_center_crop=False)
-    processor = LlavaProcessor(images, tokenizer, patch_size=14, chat_template=template.chat_template(tokenizer))
+    processor = LlavaProcessor(images, tokenizer, patch_size=14, chat_template=template.get_chat_template(tokenizer))
     picture = Image.new("RGB", (40, 30), "red")
     content = [{"type": "image", "image": picture}, {"type": "text", "text": "What is\nthis?"}]
     if name == "native":  # a text template knows no parts, so it gets the text and the picture apart
@@ -280,7 +281,7 @@ def test_the_text_of_each_format(load):
         assert text == f"{bos}{system} USER: <image>\nOne? ASSISTANT: 1.{end}USER: Two? ASSISTANT: 2.{end}"
         assert [text[begin:stop] for begin, stop in spans] == [f" 1.{end}", f" 2.{end}"]
         own = conversation("One?", "1.", system="Be brief.")
-        assert Template.load(name).prompt(own, tokenizer)["text"] == f"{bos}Be brief. USER: One? ASSISTANT:"
+        assert Template.load(name).encode_prompt(own, tokenizer)["text"] == f"{bos}Be brief. USER: One? ASSISTANT:"
     text, spans = Template.load("pretrain").render(conversation("a <image> b <image>", "Frogs."), load("qwen"))
     assert (text, spans) == ("<image><image>Frogs.\n", [(14, 21)])
 
@@ -304,12 +305,12 @@ def test_vllm_will_hand_over_parts():
 
 def test_a_tokenizer_without_the_formats_end_of_turn_ends_turns_with_its_own(load):
     template = Template.load("llama")
-    assert template.end_of_turn(load("llama")) == "</s>"
-    assert template.end_of_turn(load("gemma")) == "<eos>"
+    assert template.get_end_of_turn(load("llama")) == "</s>"
+    assert template.get_end_of_turn(load("gemma")) == "<eos>"
     encoded = template.encode(HARD["many turns"], load("gemma"))
     assert encoded["labels"].count(load("gemma").eos_token_id) == 3
-    assert "set end_of_turn = eos_token" in template.chat_template(load("gemma"))
-    assert Template.load("llama", compat=True).end_of_turn(load("gemma")) == "</s>"  # as the original wrote it
+    assert "set end_of_turn = eos_token" in template.get_chat_template(load("gemma"))
+    assert Template.load("llama", compat=True).get_end_of_turn(load("gemma")) == "</s>"  # as the original wrote it
 
 
 def test_pretrain_wants_a_picture(load):
@@ -346,8 +347,8 @@ def supervised(template: Template, sample: Sample, tokenizer) -> list[str]:
 
 def test_native_finds_its_answers(load):
     tokenizer, native = load("qwen"), Template.load("native")
-    assert native.chat_template(tokenizer) == CHATML
-    assert native.end_of_turn(tokenizer) == "<|im_end|>"
+    assert native.get_chat_template(tokenizer) == CHATML
+    assert native.get_end_of_turn(tokenizer) == "<|im_end|>"
     for sample in HARD.values():
         assert (
             native.encode(sample, tokenizer)["input_ids"]
@@ -387,7 +388,7 @@ def test_native_templates_with_ways_of_their_own(load):
     assert thinking == [plain[0], "<think>\n\n</think>\n\n" + plain[1]]
     assert supervised(native, two, with_template(load("qwen"), TAGGED)) == plain
     assert supervised(native, two, with_template(load("qwen"), CLOSING)) == plain
-    with pytest.raises(UserError, match="rewrites turns that are past"):
+    with pytest.raises(UserError, match="rewrites earlier turns"):
         native.encode(two, with_template(load("qwen"), REWRITING))
 
 
@@ -404,10 +405,10 @@ REFUSED = {
         "own {% generation %}",
     ),
     "reads another key": (TAGGED.replace("message.content +", "message.text | default('') +"), "own {% generation %}"),
-    "ends with an unknown token": (TAGGED.replace("im_end", "eot"), "no token of this tokenizer"),
+    "ends with an unknown token": (TAGGED.replace("im_end", "eot"), "not a token of this tokenizer"),
     "ends with no token": (
         "{% for m in messages %}{{ m.role + ': ' + m.content + '. ' }}{% endfor %}",
-        "no special token",
+        "not a special token",
     ),
     "refuses": ("{{ raise_exception('no pictures please') }}", "no pictures please"),
 }
@@ -483,7 +484,7 @@ def test_prompt_leaves_the_last_answer_out(load):
     asked = Sample(HARD["many turns"].messages[:-1])
     for compat in (False, True):
         template = Template.load("phi", compat=compat)
-        assert template.prompt(HARD["many turns"], load("phi")) == template.prompt(asked, load("phi"))
+        assert template.encode_prompt(HARD["many turns"], load("phi")) == template.encode_prompt(asked, load("phi"))
 
 
 def test_a_registered_subclass(load, monkeypatch):
@@ -497,8 +498,30 @@ def test_a_registered_subclass(load, monkeypatch):
     assert supervised(Template.load("shouting"), conversation("Hi", "bye"), load("phi")) == [" BYE<|endoftext|>"]
 
 
+def test_a_subclass_is_tried_with_its_own_tokenize(load):
+    """A prompt's last space is one token with what follows, but not for a template that tokenises them apart."""
+    source = (
+        "{% for m in messages %}{% if m.role == 'user' %}{{ m.content + ' A: ' }}{% else %}{% generation %}"
+        "{{ m.content }}<|im_end|>{% endgeneration %}{% endif %}{% endfor %}"
+    )
+
+    class Apart(Template):
+        def tokenize(self, text: str, tokenizer) -> tuple[list[int], list[tuple[int, int]]]:
+            ids, offsets, at = [], [], 0
+            for piece in re.split(r"(?<= A: )", text):
+                more, places = super().tokenize(piece, tokenizer)
+                ids, offsets = ids + more, offsets + [(begin + at, end + at) for begin, end in places]
+                at += len(piece)
+            return ids, offsets
+
+    with pytest.raises(UserError, match="makes one token of the prompt's end"):
+        Template("plain", source).encode(HARD["text only"], load("qwen"))
+    assert supervised(Apart("apart", source), HARD["text only"], load("qwen")) == ["Red.<|im_end|>"]
+
+
 def test_templates_travel_between_processes(load):
     for template in (Template.load("phi"), Template.load("llama", compat=True), Template.load("native")):
+        template.get_end_of_turn(load("qwen"))  # what was found out about a tokenizer stays here
         copy = pickle.loads(pickle.dumps(template))
-        assert (copy, copy.compat) == (template, template.compat)
+        assert (copy, copy.compat, copy.bound) == (template, template.compat, {})
         assert copy.encode(HARD["picture"], load("qwen")) == template.encode(HARD["picture"], load("qwen"))

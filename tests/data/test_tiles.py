@@ -2,6 +2,7 @@
 
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,15 +10,16 @@ import pytest
 import torch
 from PIL import Image
 
+from tinyllava.commands.check_data import check_specs
 from tinyllava.config import DataSpec
-from tinyllava.data.check import check
 from tinyllava.data.collate import Collator
 from tinyllava.data.dataset import build_dataset
 from tinyllava.data.encode import Encoder
-from tinyllava.data.images import image_size, open_image
+from tinyllava.data.images import open_image, read_image_size
+from tinyllava.data.options import DataOptions
 from tinyllava.data.sample import Sample, SampleError
 from tinyllava.data.template import Template, image_token_id
-from tinyllava.data.tiles import Tiles, best_grid, draft_size, image_tokens, token_order, views
+from tinyllava.data.tiles import Tiles, count_image_tokens, count_views, find_best_grid, order_tokens, to_draft_size
 from tinyllava.errors import UserError
 
 EACH, SIDE = 5, 8  # positions of a view, and its pixels a side
@@ -52,7 +54,7 @@ def build(tokenizer, shapes):
     def build(path: str, streaming: bool = False, images=shapes, **options):
         defaults = {"template": Template.load("phi"), "tokens_per_image": EACH, "max_length": 1000, "pixels": pixels}
         spec = DataSpec(path=path, images=str(images), streaming=streaming)
-        return build_dataset([spec], tokenizer=tokenizer, **{**defaults, "tiles": TILES, **options})
+        return build_dataset([spec], DataOptions(tokenizer=tokenizer, **{**defaults, "tiles": TILES, **options}))
 
     return build
 
@@ -77,7 +79,7 @@ def build(tokenizer, shapes):
     ],
 )
 def test_the_grid_of_a_picture(size, side, limit, grid):
-    assert best_grid(*size, side, limit) == grid
+    assert find_best_grid(*size, side, limit) == grid
 
 
 def test_the_grids_of_the_page_are_those_of_the_code():
@@ -87,18 +89,18 @@ def test_the_grids_of_the_page_are_those_of_the_code():
     for width, height, *cells in rows:
         for limit, cell in zip((4, 6, 12), cells, strict=True):
             grid = (1, 1) if cell == "-" else tuple(map(int, cell.split(" x ")))
-            assert best_grid(int(width), int(height), 384, limit) == grid
+            assert find_best_grid(int(width), int(height), 384, limit) == grid
 
 
 def test_grids_have_no_more_tiles_than_allowed_turn_with_the_picture_and_grow_with_it():
     random = np.random.default_rng(0)
     for _ in range(300):
         width, height, limit = (int(n) for n in random.integers((1, 1, 2), (3000, 3000, 13)))
-        rows, columns = best_grid(width, height, 224, limit)
+        rows, columns = find_best_grid(width, height, 224, limit)
         assert 1 <= rows * columns <= limit
-        turned = best_grid(height, width, 224, limit)
+        turned = find_best_grid(height, width, 224, limit)
         assert turned[0] * turned[1] == rows * columns
-        larger = best_grid(2 * width, 2 * height, 224, limit)
+        larger = find_best_grid(2 * width, 2 * height, 224, limit)
         assert larger[0] * larger[1] >= rows * columns
         if width * height <= 224 * 224:
             wide = max(width, height) / min(width, height)
@@ -113,13 +115,13 @@ def test_tiles_are_the_picture_in_the_grid_s_pixels(shapes):
     assert TILES.cut(image, (1, 1)) == []
     for size in [(1, 4000), (4000, 1), (1, 1)]:
         thin = Image.new("RGB", size)
-        assert {tile.size for tile in TILES.cut(thin, TILES.grid(size))} <= {(SIDE, SIDE)}
+        assert {tile.size for tile in TILES.cut(thin, TILES.find_grid(size))} <= {(SIDE, SIDE)}
 
 
 def test_tokens_lie_thumbnail_first_then_row_by_row_with_a_separator_after_each():
     grids = [(2, 2), (1, 1), (1, 3)]
-    assert image_tokens(2, grids) == [12, 2, 9] and list(map(views, grids)) == [5, 1, 4]
-    first, second, third = (order.tolist() for order in token_order(2, grids))
+    assert count_image_tokens(2, grids) == [12, 2, 9] and list(map(count_views, grids)) == [5, 1, 4]
+    first, second, third = (order.tolist() for order in order_tokens(2, grids))
     assert first == [0, 1, *range(2, 6), 20, *range(6, 10), 20]
     assert second == [10, 11]
     assert third == [12, 13, *range(14, 20), 20]
@@ -133,24 +135,24 @@ def test_a_picture_s_size_is_that_of_the_upright_picture_however_it_is_given(tmp
         picture.save(tmp_path / name, exif=exif)
         whole = (tmp_path / name).read_bytes()
         forms = [str(tmp_path / name), whole, {"bytes": whole, "path": None}, Image.open(tmp_path / name)]
-        assert [image_size(form) for form in forms] == [(10, 40)] * 4 == [open_image(form).size for form in forms]
-    assert image_size("a.jpg", [str(tmp_path)]) == (10, 40) and image_size(picture) == (40, 10)
+        assert [read_image_size(form) for form in forms] == [(10, 40)] * 4 == [open_image(form).size for form in forms]
+    assert read_image_size("a.jpg", [str(tmp_path)]) == (10, 40) and read_image_size(picture) == (40, 10)
     whole = (tmp_path / "a.png").read_bytes()
     start = whole.index(b"eXIf") - 4
     chunk = whole[start : start + 12 + int.from_bytes(whole[start : start + 4])]
     late = whole.replace(chunk, b"").replace(whole[-12:], chunk + whole[-12:])  # EXIF behind the pixels
-    assert image_size(late) == (10, 40) == open_image(late).size
+    assert read_image_size(late) == (10, 40) == open_image(late).size
     picture.save(tmp_path / "plain.png")
     plain = (tmp_path / "plain.png").read_bytes()
-    assert image_size(plain) == (40, 10)
+    assert read_image_size(plain) == (40, 10)
     broken = plain[: plain.index(b"IDAT") + 8] + bytes(8) + plain[plain.index(b"IDAT") + 16 :]
-    assert image_size(broken) == (40, 10)  # it was not decoded
+    assert read_image_size(broken) == (40, 10)  # it was not decoded
     with pytest.raises(SampleError, match="cannot be decoded"):
         open_image(broken)
     with pytest.raises(SampleError, match=r"b\.jpg not found"):
-        image_size("b.jpg", [str(tmp_path)])
-    with pytest.raises(SampleError, match="is not a picture") as error:
-        image_size(b"nothing")
+        read_image_size("b.jpg", [str(tmp_path)])
+    with pytest.raises(SampleError, match="is not an image") as error:
+        read_image_size(b"nothing")
     assert error.value.kind == "unreadable_image"
 
 
@@ -158,9 +160,9 @@ def test_a_large_jpeg_is_decoded_at_a_size_that_still_fills_its_grid(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.new("RGB", (800, 200)).save(tmp_path / "a.jpg", exif=exif)  # shown as 200 x 800
-    grid = TILES.grid(image_size(str(tmp_path / "a.jpg")))
-    assert grid == (4, 1) and draft_size(2 * SIDE, grid) == (16, 64)
-    drafted = open_image(str(tmp_path / "a.jpg"), draft=draft_size(2 * SIDE, grid)).size
+    grid = TILES.find_grid(read_image_size(str(tmp_path / "a.jpg")))
+    assert grid == (4, 1) and to_draft_size(2 * SIDE, grid) == (16, 64)
+    drafted = open_image(str(tmp_path / "a.jpg"), draft=to_draft_size(2 * SIDE, grid)).size
     assert drafted == (25, 100)  # an eighth
 
 
@@ -190,7 +192,7 @@ def test_every_picture_takes_its_own_number_of_positions(build, write, records, 
             assert item["pixel_values"] is None and "image_grids" not in item
             continue
         assert item["image_grids"].tolist() == [list(GRIDS[name]) for name in shown]
-        assert len(item["pixel_values"]) == sum(views(GRIDS[name]) for name in shown)
+        assert len(item["pixel_values"]) == sum(count_views(GRIDS[name]) for name in shown)
     wide = data[0]["pixel_values"][:5].float().mean(dim=(2, 3))  # its thumbnail, then four columns from left to right
     assert (wide[1:, 1].diff() > 20).all() and abs(wide[0, 1] - wide[1:, 1].mean()) < 5
 
@@ -218,7 +220,7 @@ def test_what_is_too_long_loses_rounds_by_its_pictures_real_lengths_and_never_a_
     build, write, records, tokenizer, shapes
 ):
     def encoder(max_length: int) -> Encoder:
-        return Encoder(Template.load("phi"), tokenizer, EACH, max_length, TILES)
+        return Encoder(DataOptions(Template.load("phi"), tokenizer, EACH, pixels, max_length, tiles=TILES))
 
     sample, roots = Sample.from_llava(records[2]), [str(shapes)]
     whole = encoder(1000).encode(sample, roots)
@@ -227,7 +229,7 @@ def test_what_is_too_long_loses_rounds_by_its_pictures_real_lengths_and_never_a_
     assert cut["shortened"] and cut["images"] == ["square.png"] and cut["grids"] == [[2, 2]]
     assert cut["length"] == len(cut["input_ids"]) - 1 + COUNTS["square"]
     assert encoder(cut["length"]).encode(sample, roots) == cut
-    with pytest.raises(SampleError, match=rf"{whole['length']} positions \(27 \+ 26 for pictures\).*first round alone"):
+    with pytest.raises(SampleError, match=rf"{whole['length']} positions \(27 \+ 26 for images\).*first round alone"):
         encoder(cut["length"] - 1).encode(sample, roots)
 
 
@@ -240,7 +242,7 @@ def test_pictures_are_measured_when_tokenised_and_only_with_tiles(build, write, 
     )
     with pytest.raises(UserError, match=r"2 unreadable_image \(words, zero\)"):
         build(path)
-    assert build(path, on_bad_sample="skip").report["unreadable_image"]["count"] == 2
+    assert build(path, on_bad_sample="skip").bad_records.to_dict()["unreadable_image"]["count"] == 2
     plain = build(path, tiles=None, on_bad_sample="skip", pixels=lambda images: pixels(images, [(1, 1)] * len(images)))
     assert len(plain) == 2  # only its first decoding finds `words` out
     assert "image_grids" not in plain[1] and plain.lengths[1] == build(path, on_bad_sample="skip").lengths[0]
@@ -282,12 +284,10 @@ def test_a_picture_that_breaks_in_training_keeps_the_shape_that_was_planned(buil
 def test_check_counts_lengths_with_tiles_and_names_a_bad_picture_once(write, llava, folder, tokenizer):
     asked = ("<image>\nwhat?", "a cat")
     path = write([llava("a", "red.jpg", asked), llava("b", "gone.jpg", asked), llava("c", "empty.jpg", asked)])
-    options = {"tokens_per_image": EACH, "progress": False, "tiles": TILES}
     spec = DataSpec(path=path, images=str(folder))
-    report = check([spec], Template.load("phi"), tokenizer, max_length=1000, **options)
-    assert [(problem.kind, problem.id) for problem in report.problems] == [
-        ("missing_image", "b"),
-        ("unreadable_image", "c"),
-    ]
-    short = check([spec], Template.load("phi"), tokenizer, max_length=30, **options)
-    assert short.counts["too_long"] == 1
+    options = DataOptions(Template.load("phi"), tokenizer, EACH, pixels, max_length=1000, tiles=TILES)
+    report = check_specs([spec], options, progress=False)
+    ids = {kind: entry["ids"] for kind, entry in report.bad_records.to_dict().items()}
+    assert ids == {"missing_image": ["b"], "unreadable_image": ["c"]}
+    short = check_specs([spec], replace(options, max_length=30), progress=False)
+    assert short.bad_records.to_dict()["too_long"]["count"] == 1

@@ -1,6 +1,6 @@
-"""What the tests of evaluation share.
+"""Helpers for the tests of evaluation.
 
-The vectors lie in oracles/ (its README says how they were made); ORACLES=DIR names others of the same kinds.
+The vectors are in oracles/, whose README says how they were made. ORACLES=DIR uses other vectors of the same kinds.
 """
 
 import hashlib
@@ -19,43 +19,43 @@ ORACLES = Path(os.environ.get("ORACLES") or FIXTURES)
 
 
 def vectors(name):
-    """One pytest parameter a line of NAME.jsonl."""
+    """One pytest parameter for each line of NAME.jsonl."""
     path = ORACLES / f"{name}.jsonl"
     lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else []
-    found = [json.loads(line) for line in lines if line.strip()]
-    return [pytest.param(v, id="-".join(part for part in (v["id"], v.get("tag")) if part)) for v in found]
+    actual = [json.loads(line) for line in lines if line.strip()]
+    return [pytest.param(v, id="-".join(part for part in (v["id"], v.get("tag")) if part)) for v in actual]
 
 
 def near(value):
     return pytest.approx(value, abs=1e-9, rel=0)
 
 
-def agree(found, expected):
+def agree(actual, expected):
     """`expected`, floats within 1e-9, is what `found` says of the same keys."""
     if isinstance(expected, dict):
         for name, value in expected.items():
-            agree(found[name], value)
+            agree(actual[name], value)
     elif isinstance(expected, float):
-        assert found == near(expected)
+        assert actual == near(expected)
     else:
-        assert found == expected
+        assert actual == expected
 
 
 def copy_of(name, tmp_path):
-    """A fixture's files where they may be changed, as ROOT/eval/FOLDER of a data root."""
-    folder = tmp_path / "eval" / Factory("benchmarks").get(name).FOLDER
+    """Copy a fixture's files to ROOT/eval/FOLDER, where a test may change them."""
+    folder = tmp_path / "eval" / Factory("benchmarks").get(name).folder
     shutil.copytree(FIXTURES / f"{name}_fixture", folder)
     return folder
 
 
 def with_preamble(root, monkeypatch):
-    """MM-Vet's evaluator is not ours to ship: one with another preamble, taken for the official one."""
+    """Write an evaluator with another preamble and accept its hash: MM-Vet's own is third-party text."""
     (root / "mm-vet_evaluator.py").write_text('prompt = """a preamble\n"""\n')
     monkeypatch.setattr(_judge, "PREAMBLE_SHA256", hashlib.sha256(b"a preamble\n").hexdigest())
 
 
 def write_mmmu(root):
-    """Two questions in TinyLLaVA's layout: a choice with a picture, and an open one without."""
+    """Write two questions in TinyLLaVA's layout: a choice with an image, and an open one without."""
     (root / "anns_for_eval.json").write_text(
         json.dumps(
             [
@@ -76,7 +76,7 @@ def write_mmmu(root):
 
 
 def answer_all(benchmark, root, path, answer):
-    """An answers file as `tinyllava eval` writes it."""
+    """Write an answers file as `tinyllava eval` does."""
     lines = [
         {"question_id": q.question_id, "prompt": q.text, "text": answer(q) if callable(answer) else answer}
         for q in benchmark.questions(root)

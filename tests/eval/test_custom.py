@@ -1,4 +1,4 @@
-"""Questions of one's own: how a metric is chosen, what it counts as right, what is refused; scored by their path."""
+"""A user's own questions: the default metric, what each metric counts as right, and the errors."""
 
 import json
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from oracle_tools import near
 
-from tests.cli_tools import assert_refused, command_line  # noqa: F401  (the fixture `tinyllava`)
+from tests.cli_tools import assert_refused, run_command_line  # noqa: F401  (the fixture `tinyllava`)
 from tinyllava.errors import UserError
 from tinyllava.eval.benchmarks import custom, vqav2
 from tinyllava.eval.score import score_answers
@@ -21,7 +21,7 @@ def write(path: Path, records: list[dict]) -> Path:
 
 
 def records() -> list[dict]:
-    """One question of each metric, none of which is named."""
+    """One question for each metric. No record names its metric."""
     return [
         {"question_id": "e", "image": "a.png", "text": "What?", "answer": "cat", "accept": ["kitten"], "category": "x"},
         {"question_id": "c", "image": ["a.png", "b.png"], "text": "Which?", "answer": "B", "options": list(ANIMALS)},
@@ -30,28 +30,28 @@ def records() -> list[dict]:
 
 
 @pytest.mark.parametrize(
-    ("said", "right"),
+    ("result", "right"),
     [("cat", 1), ("A  Cat.", 1), ("the cat", 1), ("cats", 0), ("", 0), ("a", 0), ("cat dog", 0), ("not a cat", 0)],
 )
-def test_exact_but_for_case_period_and_article(said: str, right: int) -> None:
-    assert custom.score(said, "cat") == right
+def test_exact_ignores_case_period_and_article(result: str, right: int) -> None:
+    assert custom.score(result, "cat") == right
 
 
 def test_other_accepted_answers_and_the_letters_of_choices() -> None:
     assert custom.score("Grey.", "gray", accept=("grey",)) == 1.0
     assert custom.score("grey", "gray") == 0.0
     assert custom.score("7.", 7) == 1.0
-    for said in ("b", "B.", "(B)", "dog", "A dog"):
-        assert custom.score(said, "a dog", "choice", ANIMALS) == 1.0
-        assert custom.score(said, "B", "choice", ANIMALS) == 1.0
-    for said in ("a", "d", "owl", "c", "", "elk"):
-        assert custom.score(said, "a dog", "choice", ANIMALS) == 0.0
+    for result in ("b", "B.", "(B)", "dog", "A dog"):
+        assert custom.score(result, "a dog", "choice", ANIMALS) == 1.0
+        assert custom.score(result, "B", "choice", ANIMALS) == 1.0
+    for result in ("a", "d", "owl", "c", "", "elk"):
+        assert custom.score(result, "a dog", "choice", ANIMALS) == 0.0
     assert custom.score("b", "a", "choice", ("b", "a")) == 0.0  # options that are letters are what they say
     assert custom.score("an owl", "owl") == 1.0 and custom.normalize("a") == "a"
 
 
 @pytest.mark.parametrize(
-    ("said", "parsed"),
+    ("result", "parsed"),
     [
         ("Yes", "yes"),
         ("No, it is not", "no"),
@@ -61,31 +61,34 @@ def test_other_accepted_answers_and_the_letters_of_choices() -> None:
         ("", None),
     ],
 )
-def test_yes_or_no(said: str, parsed: str | None) -> None:
-    assert custom.parse(said, "yes-no") == parsed
-    assert custom.score(said, "no", "yes-no") == (parsed == "no")
+def test_yes_or_no(result: str, parsed: str | None) -> None:
+    assert custom.parse(result, "yes-no") == parsed
+    assert custom.score(result, "no", "yes-no") == (parsed == "no")
 
 
-def test_soft_is_vqa_for_ten_and_an_agreement_for_fewer() -> None:
+def test_soft_is_the_vqa_score_for_ten_people() -> None:
     for count in range(11):
         people = ["red"] * count + ["blue"] * (10 - count)
         official = vqav2.score("red", [{"answer": a, "answer_id": i} for i, a in enumerate(people)])
-        assert custom.soft("red", people) == near(official)
-    assert custom.soft("Red.", ["red"]) == 1.0 and custom.soft("blue", ["red"]) == 0.0
-    assert custom.soft("red", ["red", "blue"]) == 0.5 and custom.soft("red", ["red"] * 2) == 1.0
-    assert custom.soft("red", ["red"] * 3) == 1.0
+        assert custom.score_soft("red", people) == near(official)
+    assert custom.score_soft("Red.", ["red"]) == 1.0 and custom.score_soft("blue", ["red"]) == 0.0
+    assert custom.score_soft("red", ["red", "blue"]) == 0.5 and custom.score_soft("red", ["red"] * 2) == 1.0
+    assert custom.score_soft("red", ["red"] * 3) == 1.0
 
 
-def test_the_metric_follows_from_the_data_unless_it_is_named(tmp_path: Path) -> None:
-    asked = custom.questions(write(tmp_path / "my.jsonl", records()))
+def test_the_default_metric_depends_on_the_data(tmp_path: Path) -> None:
+    asked = custom.Benchmark().questions(write(tmp_path / "my.jsonl", records()))
     assert [question.extra["metric"] for question in asked] == ["exact", "choice", "soft"]
     assert asked[1].images == (str(tmp_path / "a.png"), str(tmp_path / "b.png")) and asked[2].images == ()
     yes_no = [{"question_id": n, "text": "?", "answer": answer} for n, answer in enumerate(("Yes", "no"))]
-    assert {q.extra["metric"] for q in custom.questions(write(tmp_path / "b.jsonl", yes_no))} == {"yes-no"}
+    assert {q.extra["metric"] for q in custom.Benchmark().questions(write(tmp_path / "b.jsonl", yes_no))} == {"yes-no"}
     mixed = [*yes_no, {"question_id": "m", "text": "?", "answer": "maybe"}]
-    assert {q.extra["metric"] for q in custom.questions(write(tmp_path / "c.jsonl", mixed))} == {"exact"}
+    assert {q.extra["metric"] for q in custom.Benchmark().questions(write(tmp_path / "c.jsonl", mixed))} == {"exact"}
     mixed[0]["metric"] = "yes-no"
-    assert [q.extra["metric"] for q in custom.questions(write(tmp_path / "d.jsonl", mixed))][:2] == ["yes-no", "exact"]
+    assert [q.extra["metric"] for q in custom.Benchmark().questions(write(tmp_path / "d.jsonl", mixed))][:2] == [
+        "yes-no",
+        "exact",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -94,20 +97,20 @@ def test_the_metric_follows_from_the_data_unless_it_is_named(tmp_path: Path) -> 
         ({"metric": "fuzzy"}, "unknown metric 'fuzzy'. Known: exact, choice, yes-no, soft"),
         ({"metric": "soft"}, "soft needs a list of answers, found 'cat'"),
         ({"metric": "exact", "answer": ["cat"]}, r"exact needs one answer, found \['cat'\]"),
-        ({"options": ["dog", "owl"]}, r"its answer 'cat' is none of \['dog', 'owl'\]"),
-        ({"question_id": "c"}, "question_id 'c' is there twice"),
+        ({"options": ["dog", "owl"]}, r"its answer 'cat' is not one of \['dog', 'owl'\]"),
+        ({"question_id": "c"}, "question_id 'c' occurs twice"),
     ],
 )
-def test_a_record_that_cannot_be_scored_is_named(tmp_path: Path, change: dict, words: str) -> None:
+def test_the_error_names_a_record_that_cannot_be_scored(tmp_path: Path, change: dict, words: str) -> None:
     first, *rest = records()
     with pytest.raises(UserError, match=words):
-        custom.questions(write(tmp_path / "my.jsonl", [first | change, *rest]))
+        custom.Benchmark().questions(write(tmp_path / "my.jsonl", [first | change, *rest]))
 
 
 def test_a_file_is_a_task(tmp_path: Path, tinyllava) -> None:
     path = write(tmp_path / "data" / "my.jsonl", records())
-    said = {"e": "Kitten", "c": "(c)", "s": "red"}
-    answers = write(tmp_path / "a.jsonl", [{"question_id": qid, "text": text} for qid, text in said.items()])
+    result = {"e": "Kitten", "c": "(c)", "s": "red"}
+    answers = write(tmp_path / "a.jsonl", [{"question_id": qid, "text": text} for qid, text in result.items()])
     out = tmp_path / "out"
     assert tinyllava("score", path, "--answers", answers, "--output", out).code == 0
     entry = json.loads((out / "results.json").read_text())["tasks"]["my"]
@@ -119,9 +122,9 @@ def test_a_file_is_a_task(tmp_path: Path, tinyllava) -> None:
     assert_refused(tinyllava("score", "custom", "--answers", answers), "custom", "--data FILE.jsonl")
 
 
-def test_without_right_answers_it_is_asked_and_not_scored(tmp_path: Path) -> None:
+def test_questions_without_right_answers_are_asked_but_not_scored(tmp_path: Path) -> None:
     bare = [{key: value for key, value in record.items() if key != "answer"} for record in records()]
     path = write(tmp_path / "my.jsonl", bare)
     answers = write(tmp_path / "a.jsonl", [{"question_id": one["question_id"], "text": "B"} for one in bare])
-    found = score_answers(str(path), None, answers)
-    assert found["score"] is None and [one["parsed"] for one in found["items"]] == ["b", "dog", "b"]
+    actual = score_answers(str(path), None, answers)
+    assert actual["score"] is None and [one["parsed"] for one in actual["items"]] == ["b", "dog", "b"]

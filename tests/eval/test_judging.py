@@ -1,6 +1,6 @@
-"""A judge over HTTP that misbehaves: each failure is tried again, none becomes a grade, and a kill loses nothing.
+"""A judge over HTTP that fails: each request is repeated, no failure becomes a grade, and a kill loses nothing.
 
-The server is real, on this machine; only the pauses are cut short.
+The server is a real one on this machine. Only the pauses are shortened.
 """
 
 import json
@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from oracle_tools import copy_of, with_preamble
 
-from tests.cli_tools import assert_refused, command_line  # noqa: F401  (the fixture `tinyllava`)
+from tests.cli_tools import assert_refused, run_command_line  # noqa: F401  (the fixture `tinyllava`)
 from tinyllava.errors import UserError
 from tinyllava.eval import judging
 from tinyllava.eval.benchmarks import _judge
@@ -27,7 +27,7 @@ GRADE = {"choices": [{"message": {"role": "assistant", "content": "0.5"}}]}
 
 
 class Judge(ThreadingHTTPServer):
-    """Answers requests by `behaviours` in turn, and then grades everything 0.5."""
+    """Answer requests with `behaviours` in turn, and then grade everything with 0.5."""
 
     daemon_threads = True
 
@@ -43,7 +43,7 @@ class Judge(ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_port}/v1"
 
     def handle_error(self, request: object, client: object) -> None:
-        """A client that went away is no error of this server."""
+        """A client that closed the connection is not an error of this server."""
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -59,7 +59,7 @@ class Handler(BaseHTTPRequestHandler):
         reply(self, 200, GRADE)
 
     def log_message(self, *_: object) -> None:
-        """Say nothing."""
+        """Log nothing."""
 
 
 def reply(handler: BaseHTTPRequestHandler, status: int, body: object, **headers: str) -> None:
@@ -80,12 +80,12 @@ def says(body: object, **headers: str) -> Callable[[BaseHTTPRequestHandler], Non
 
 
 def resets(handler: BaseHTTPRequestHandler) -> None:
-    """The connection is lost before anything is said."""
+    """Close the connection without an answer."""
     handler.connection.close()
 
 
 def sleeps(handler: BaseHTTPRequestHandler) -> None:
-    """Nothing comes until the client gives up."""
+    """Send nothing until the client stops waiting."""
     time.sleep(1.0)
 
 
@@ -120,7 +120,7 @@ MISBEHAVIOUR = {
 
 
 @pytest.mark.parametrize("behaviour", MISBEHAVIOUR.values(), ids=MISBEHAVIOUR)
-def test_each_failure_is_tried_again(server: Judge, behaviour: Callable) -> None:
+def test_a_request_is_repeated_after_each_kind_of_failure(server: Judge, behaviour: Callable) -> None:
     server.behaviours = [behaviour] * 2
     assert Endpoint("judge")("How good?", 0.5) == "0.5"
     assert server.behaviours == []
@@ -130,19 +130,38 @@ def test_each_failure_is_tried_again(server: Judge, behaviour: Callable) -> None
     assert server.keys == ["Bearer a key"]
 
 
-def test_a_reply_of_nothing_is_a_reply(server: Judge) -> None:
+def test_the_pause_is_as_long_as_the_server_asks(server: Judge, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(judging, "LONGEST_PAUSE", 5.0)
+    server.behaviours = [fails(429, Retry_After="0.3")]
+    start = time.monotonic()
+    assert Endpoint("judge")("How good?", 0.0) == "0.5"
+    assert time.monotonic() - start >= 0.3
+
+
+def test_an_own_server_needs_no_key_and_a_judge_requires_its_package(
+    server: Judge, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("OPENAI_API_KEY")
+    assert Endpoint("judge")("How good?", 0.0) == "0.5"
+    monkeypatch.setitem(sys.modules, "openai", None)
+    with pytest.raises(UserError) as error:
+        Endpoint("judge")
+    assert str(error.value) == '--judge MODEL requires openai: pip install "tinyllava-factory[judge]"'
+
+
+def test_an_empty_reply_is_a_reply(server: Judge) -> None:
     server.behaviours = [says({"choices": [{"message": {"content": None}}]})]
     assert Endpoint("judge")("How good?", 0.0) is None
 
 
-def test_in_the_end_it_is_an_error_and_never_a_grade(server: Judge) -> None:
+def test_the_last_failure_is_an_error_and_never_a_grade(server: Judge) -> None:
     server.behaviours = [fails(429)] * judging.TRIES
     with pytest.raises(UserError, match=r"failed 8 times, the last time with: HTTP 429 .*not now\n.*the same command"):
         Endpoint("judge")("How good?", 0.0)
     assert server.asked == [] and server.behaviours == []
 
 
-def test_what_no_second_try_helps_is_said_at_once(server: Judge, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_refused_request_is_an_error_at_once(server: Judge, monkeypatch: pytest.MonkeyPatch) -> None:
     for status in (400, 401, 404):
         server.behaviours = [fails(status)]
         with pytest.raises(UserError, match=f"refuses judge: HTTP {status} .*: not now"):
@@ -181,7 +200,7 @@ def test_mmvet_is_judged_through_the_command_line(server: Judge, tmp_path: Path,
     assert_refused(tinyllava("score", "pope", "--data", root, "--answers", "x", "--judge", "gpt-x"), "--judge", "mmvet")
 
 
-def test_a_killed_judging_goes_on(server: Judge, tmp_path: Path, monkeypatch, tinyllava) -> None:
+def test_judging_resumes_after_a_kill(server: Judge, tmp_path: Path, monkeypatch, tinyllava) -> None:
     root = copy_of("mmvet", tmp_path)
     with_preamble(root, monkeypatch)
     arguments = ["score", "mmvet", "--data", str(tmp_path), "--answers", str(root / "answers/model.jsonl")]

@@ -1,4 +1,4 @@
-"""The plugin for lmms-eval, through its own command line on tasks in a folder (skipped where it is not installed)."""
+"""The plugin for lmms-eval, run by its command line on tasks in a folder (skipped if lmms-eval is not installed)."""
 
 import json
 import os
@@ -12,9 +12,9 @@ import pytest
 from PIL import Image
 
 from tests.tiny_session import tiny_session
+from tinyllava import checkpoint
 from tinyllava.data.sample import Message, Sample
 from tinyllava.infer import Session
-from tinyllava.model import checkpoint
 
 ENTRY_POINT = {"tinyllava_factory": "tinyllava.eval.lmms:manifests"}
 OPTIONS = ["a red cat", "a blue dog", "two, three or four of them"]
@@ -61,7 +61,7 @@ def test_the_package_declares_the_plugin() -> None:
 def test_lmms_eval_gets_the_answers_of_a_session(tmp_path) -> None:
     pytest.importorskip("lmms_eval")
     made = tiny_session()
-    checkpoint.save(made.model, made.processor, made.template, tmp_path / "checkpoint")
+    checkpoint.save(made.vlm, tmp_path / "checkpoint")
     session, rng, docs = Session.load(tmp_path / "checkpoint", device="cpu"), np.random.default_rng(0), []
     for number in range(6):
         Image.fromarray(rng.integers(0, 255, (40, 50, 3), dtype=np.uint8)).save(tmp_path / f"{number}.png")
@@ -69,10 +69,10 @@ def test_lmms_eval_gets_the_answers_of_a_session(tmp_path) -> None:
         question = f"What is in the picture? {number}"
         images = [Image.open(tmp_path / picture).convert("RGB")] if picture else []
         sample = Sample([Message("user", "<image>\n" * len(images) + question)], images)
-        (said,) = session.generate([sample], max_new_tokens=6)
-        ((*found,),) = session.loglikelihood([sample], [OPTIONS])
-        best = max(range(3), key=lambda at: found[at].total)
-        docs.append({"picture": picture, "question": question, "said": said, "options": OPTIONS, "best": best})
+        (result,) = session.generate([sample], max_new_tokens=6)
+        ((*actual,),) = session.loglikelihood([sample], [OPTIONS])
+        best = max(range(3), key=lambda at: actual[at].total)
+        docs.append({"picture": picture, "question": question, "said": result, "options": OPTIONS, "best": best})
     docs[-1]["said"] = "something else"
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(doc) + "\n" for doc in docs))
     (tmp_path / "utils.py").write_text(UTILS)

@@ -10,7 +10,7 @@ import pytest
 from oracle_tools import agree, near, vectors
 
 from tinyllava.errors import UserError
-from tinyllava.eval.benchmarks import gqa, mme, mmmu, mmvet, pope, scienceqa, textvqa, vqav2
+from tinyllava.eval.benchmarks import _judge, gqa, mme, mmmu, mmvet, pope, scienceqa, textvqa, vqav2
 from tinyllava.eval.score import score_answers
 
 EPS = {"tinyllava_53f12c7(eps=1e-6)": 1e-6, "llava_c121f04": 0.0, "official_RUCAIBox_3df3ba1": 0.0}
@@ -25,14 +25,14 @@ def test_vqav2(vector):
     if vector["kind"] == "normalize":
         assert vqav2.normalize(given["prediction"]) == expected["normalized"]
     elif vector["kind"] == "submission_answer":
-        assert vqav2.submission_answer(given["prediction"]) == expected["answer"]
+        assert vqav2.normalize_submission(given["prediction"]) == expected["answer"]
     elif "error" in expected:
         with pytest.raises(UserError):
             vqav2.score(given["prediction"], given["answers"])
     else:
         accuracy = vqav2.score(given["prediction"], given["answers"])
         assert accuracy == near(expected["accuracy"])
-        assert vqav2.percent([accuracy]) == expected["accuracy_percent_rounded2"]
+        assert vqav2.round_percent([accuracy]) == expected["accuracy_percent_rounded2"]
 
 
 @pytest.mark.parametrize("vector", vectors("textvqa"))
@@ -42,11 +42,11 @@ def test_textvqa(vector):
         assert textvqa.normalize(given["prediction"]) == expected["normalized"]
     elif "error" in expected:
         with pytest.raises(UserError):
-            textvqa.score(**given) if vector["kind"] == "score" else textvqa.question_from_prompt(**given)
+            textvqa.score(**given) if vector["kind"] == "score" else textvqa.extract_question(**given)
     elif vector["kind"] == "score":
         assert textvqa.score(**given) == near(expected["accuracy"])
     else:
-        assert textvqa.question_from_prompt(given["prompt"]) == expected["question_key"]
+        assert textvqa.extract_question(given["prompt"]) == expected["question_key"]
 
 
 # ---- GQA, POPE, MME -----------------------------------------------------------------------------------------------
@@ -94,14 +94,14 @@ def test_mme(vector):
         assert mme.parse(given["prediction"]) == expected["label"]
     elif vector.get("tag") in ("prediction_with_tab", "prediction_with_newline"):  # the official tool breaks
         clean = [(gold, answer.replace("\t", " ").replace("\n", " ")) for gold, answer in given["pairs"]]
-        agree(mme.task_score(given["pairs"]), mme.task_score(clean))
+        agree(mme.score_task(given["pairs"]), mme.score_task(clean))
     elif vector.get("tag") == "other_both" and "error" in expected:  # depends on scikit-learn's version
-        agree(mme.task_score(given["pairs"]), {"acc": 0.0, "acc_plus": 0.0, "score": 0.0})
+        agree(mme.score_task(given["pairs"]), {"acc": 0.0, "acc_plus": 0.0, "score": 0.0})
     elif "error" in expected:
         with pytest.raises(UserError):
-            mme.task_score(given["pairs"])
+            mme.score_task(given["pairs"])
     else:
-        agree(mme.task_score(given["pairs"]), expected)
+        agree(mme.score_task(given["pairs"]), expected)
 
 
 # ---- ScienceQA, MMMU ----------------------------------------------------------------------------------------------
@@ -145,7 +145,7 @@ def test_mmmu(vector):
     elif vector["kind"] == "eval_multi_choice":
         assert mmmu.score_choice(given["parsed_pred"], given["answer"]) == expected["correct"]
     elif vector["kind"] == "get_multi_choice_info":
-        assert mmmu.choices(given["options"]) == (expected["index2ans"], expected["all_choices"])
+        assert mmmu.label_options(given["options"]) == (expected["index2ans"], expected["all_choices"])
     else:
         assert mmmu.build_prompt(given) == expected["final_input_prompt"]
 
@@ -159,11 +159,13 @@ def test_mmvet(vector, tmp_path):
     if vector["kind"] == "judge_reply":
         judge_reply(given["replies"], expected)
     elif vector["kind"] == "judge_prompt_tail":
-        first = mmvet.judge_prompt(given["question"], given["answer"], given["prediction"])
+        first = _judge.build_judge_prompt(given["question"], given["answer"], given["prediction"])
         assert first == expected["first_call_text_after_preamble"]
-        again = mmvet.judge_prompt(given["question"], given["answer"], given["prediction"], "PREAMBLE", retry=True)
+        again = _judge.build_judge_prompt(
+            given["question"], given["answer"], given["prediction"], "PREAMBLE", retry=True
+        )
         assert again == "PREAMBLE" + expected["retry_text_after_preamble"]
-        assert expected["max_tokens"] == mmvet.JUDGE_MAX_TOKENS
+        assert expected["max_tokens"] == _judge.JUDGE_MAX_TOKENS
     elif vector["kind"] == "missing_prediction":
         sample = {"imagename": "v1_0.png", "question": "?", "answer": "a", "capability": ["rec"]}
         (tmp_path / "mm-vet.json").write_text(json.dumps({"v1_0": sample}))
@@ -187,12 +189,12 @@ def judge_reply(replies, expected):
         calls.append((temperature, prompt.endswith("(digit): ")))
         reply = replies[min(len(calls), len(replies)) - 1]
         if reply == "__RATE_LIMIT__":
-            raise mmvet.RateLimited
+            raise _judge.RateLimited
         return reply
 
-    grade = mmvet.judge(ask, "question", "answer", "prediction", wait=lambda: None)
+    grade = _judge.judge(ask, "question", "answer", "prediction", wait=lambda: None)
     if expected["score"] == "NaN":  # taken by the official code, asked again here
-        assert mmvet.parse_grade("nan") is None
+        assert _judge.parse_grade("nan") is None
         assert len(calls) > expected["n_calls"]
         return
     assert grade.score == near(expected["score"])

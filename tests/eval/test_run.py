@@ -1,4 +1,4 @@
-"""Evaluation end to end with a tiny model: every benchmark, resuming, the blind baseline, the page, what is refused."""
+"""Evaluation from end to end with a tiny model: every benchmark, resuming, the blind baseline, the page, errors."""
 
 import io
 import json
@@ -12,29 +12,30 @@ from oracle_tools import copy_of, write_mmmu
 from PIL import Image
 from rich.console import Console
 
-from tests.cli_tools import assert_refused, command_line  # noqa: F401  (the fixture `tinyllava`)
+from tests.cli_tools import assert_refused, run_command_line  # noqa: F401  (the fixture `tinyllava`)
 from tests.tiny_session import tiny_session
+from tinyllava import checkpoint
 from tinyllava.data.sample import Message, Sample
 from tinyllava.errors import UserError
-from tinyllava.eval.ask import read_answers, sample_of, spread
+from tinyllava.eval.answers import read_answers
+from tinyllava.eval.ask import pick_evenly, to_sample
 from tinyllava.eval.benchmarks import Question
-from tinyllava.eval.page import choose
-from tinyllava.eval.results import categories
-from tinyllava.eval.run import evaluate
+from tinyllava.eval.page import pick_items
+from tinyllava.eval.results import tabulate_categories
+from tinyllava.eval.run import evaluate_tasks
 from tinyllava.eval.score import score_answers
-from tinyllava.eval.table import print_scores, stands_out
+from tinyllava.eval.table import is_above_baselines, print_scores
 from tinyllava.factory import Factory
 from tinyllava.infer import Session
-from tinyllava.model import checkpoint
 
 EIGHT = ("gqa", "mme", "mmmu", "mmvet", "pope", "scienceqa", "textvqa", "vqav2")
 COLOURS = {"red": (250, 20, 20), "green": (20, 200, 20), "blue": (30, 30, 250)}
 
 
 def new_checkpoint(folder: Path, seed: int = 1) -> Path:
-    """A tiny model on disk."""
+    """Save a tiny model and return its directory."""
     made = tiny_session(seed=seed)
-    checkpoint.save(made.model, made.processor, made.template, folder)
+    checkpoint.save(made.vlm, folder)
     return folder
 
 
@@ -45,7 +46,7 @@ def session(tmp_path_factory) -> Session:
 
 @pytest.fixture(scope="module")
 def stamps_root(tmp_path_factory):
-    """A test in stamps' form: 20 pictures, two questions each, and one question without a picture."""
+    """A test in the form of stamps: 20 images with two questions each, and one question without an image."""
     root = tmp_path_factory.mktemp("stamps")
     rng, records = random.Random(0), []
     for number in range(20):
@@ -63,7 +64,7 @@ def stamps_root(tmp_path_factory):
 
 
 def make_pictures(questions) -> None:
-    """A small picture wherever a question looks for one."""
+    """Write a small image for each question."""
     rng = np.random.default_rng(0)
     for path in sorted({path for question in questions for path in question.images}):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -75,23 +76,23 @@ def test_each_benchmark_is_asked_and_scored(task, session, tmp_path) -> None:
     root = copy_of(task, tmp_path)
     if task == "mmmu":
         write_mmmu(root)
-    benchmark = Factory("benchmarks").get(task)
+    benchmark = Factory("benchmarks").get(task)()
     asked = benchmark.questions(tmp_path)
     make_pictures(asked)
-    results = evaluate(session, [task], tmp_path, tmp_path / "out", progress=False)
+    results = evaluate_tasks(session, [task], tmp_path, tmp_path / "out", progress=False)
     assert results == json.loads((tmp_path / "out" / "results.json").read_text())
     entry = results["tasks"][task]
     answers = tmp_path / "out" / "eval" / task / "answers.jsonl"
     assert len(answers.read_text().splitlines()) == entry["n"] == len(asked)
     again = score_answers(task, tmp_path, answers)  # what `tinyllava score` makes of the same file
     assert again["score"] == entry["score"] and again["counts"]["missing"] == 0
-    assert entry["decoding"]["max_new_tokens"] == benchmark.MAX_NEW_TOKENS
+    assert entry["decoding"]["max_new_tokens"] == benchmark.max_new_tokens
     assert entry["prompt"].endswith("ASSISTANT:") and asked[0].text in entry["prompt"]
     assert "data:image" in (tmp_path / "out" / "eval" / task / "samples.html").read_text()
 
 
-def test_stamps_beside_blind_and_majority(session, stamps_root, tmp_path) -> None:
-    results = evaluate(session, ["stamps"], stamps_root, tmp_path, progress=False)
+def test_stamps_has_the_blind_and_majority_baselines(session, stamps_root, tmp_path) -> None:
+    results = evaluate_tasks(session, ["stamps"], stamps_root, tmp_path, progress=False)
     table = results["categories"]
     assert list(table) == ["colour", "existence", "text"]
     assert [row["n"] for row in table.values()] == [20, 20, 1]
@@ -107,19 +108,19 @@ def test_stamps_beside_blind_and_majority(session, stamps_root, tmp_path) -> Non
 
 
 def test_two_checkpoints_are_evaluated_and_compared(tmp_path, tinyllava) -> None:
-    """A benchmark, a variant of another, and questions of one's own, from the command line."""
+    """A benchmark, a variant of another one, and a user's own questions, on the command line."""
     for name in ("pope", "textvqa"):
         copy_of(name, tmp_path)
-        make_pictures(Factory("benchmarks").get(name).questions(tmp_path))
+        make_pictures(Factory("benchmarks").get(name)().questions(tmp_path))
     mine = tmp_path / "mine.jsonl"
     lines = [{"question_id": n, "text": f"Is {n} even?", "answer": "yes" if n % 2 else "no"} for n in range(6)]
     mine.write_text("".join(json.dumps(line) + "\n" for line in lines))
     for number in (1, 2):
         checkpoint = new_checkpoint(tmp_path / f"checkpoint{number}", seed=number)
         arguments = ("--tasks", f"pope, textvqa-no-ocr,{mine}", "--data", tmp_path, "--output", tmp_path / f"{number}")
-        said = tinyllava("eval", checkpoint, *arguments)
-        assert said.code == 0, said.err
-        assert "TextVQA no-ocr" in said.out and f"{number}/eval/mine/samples.html" in said.out
+        result = tinyllava("eval", checkpoint, *arguments)
+        assert result.code == 0, result.err
+        assert "TextVQA no-ocr" in result.out and f"{number}/eval/mine/samples.html" in result.out
     results = json.loads((tmp_path / "1/results.json").read_text())
     assert list(results["tasks"]) == ["pope", "textvqa-no-ocr", "mine"]
     for name, entry in results["tasks"].items():
@@ -129,24 +130,24 @@ def test_two_checkpoints_are_evaluated_and_compared(tmp_path, tinyllava) -> None
         assert len(items) == entry["n"] and all(json.loads(line)["prompt"] for line in items)
     assert results["tasks"]["textvqa-no-ocr"]["metric"] == "TextVQA (no OCR)"
 
-    said = tinyllava("eval", "--compare", tmp_path / "1", tmp_path / "2")
-    assert said.code == 0 and len(said.out.splitlines()) == 3 and said.out.startswith("POPE: ")
+    result = tinyllava("eval", "--compare", tmp_path / "1", tmp_path / "2")
+    assert result.code == 0 and len(result.out.splitlines()) == 3 and result.out.startswith("POPE: ")
     scored = tinyllava("score", "pope", "--data", tmp_path, "--answers", tmp_path / "1/eval/pope/answers.jsonl")
     again = tmp_path / "1/eval/pope/answers.scores"
     assert scored.code == 0 and json.loads((again / "results.json").read_text())["made_with"] == results["made_with"]
-    assert "cannot be told apart" in tinyllava("eval", "--compare", tmp_path / "1", again, "--tasks", "pope").out
+    assert "do not differ significantly" in tinyllava("eval", "--compare", tmp_path / "1", again, "--tasks", "pope").out
     graded = tinyllava("eval", "x", "--tasks", "pope", "--data", tmp_path, "--judge", "m")
     assert_refused(graded, "--judge is for mmvet")
 
 
-def test_blind_takes_picture_and_placeholder_away() -> None:
+def test_blind_removes_image_and_placeholder() -> None:
     question = Question("1", 1, "<image>\nWhat is it? ", images=("a.png", "b.png"))
-    assert sample_of(question) == Sample([Message("user", "<image>\n<image>\nWhat is it?")], ["a.png", "b.png"], "1")
-    assert sample_of(question, blind=True) == Sample([Message("user", "What is it?")], [], "1")
+    assert to_sample(question) == Sample([Message("user", "<image>\n<image>\nWhat is it?")], ["a.png", "b.png"], "1")
+    assert to_sample(question, blind=True) == Sample([Message("user", "What is it?")], [], "1")
 
 
-def test_after_kills_the_same_answers_and_none_asked_twice(session, stamps_root, tmp_path, monkeypatch) -> None:
-    evaluate(session, ["stamps"], stamps_root, tmp_path / "whole", progress=False)
+def test_kills_change_no_answer_and_nothing_is_asked_twice(session, stamps_root, tmp_path, monkeypatch) -> None:
+    evaluate_tasks(session, ["stamps"], stamps_root, tmp_path / "whole", progress=False)
     rng, asked = random.Random(0), []
     generate_each = Session.generate_each
 
@@ -164,7 +165,7 @@ def test_after_kills_the_same_answers_and_none_asked_twice(session, stamps_root,
     kills = torn = 0
     while True:
         try:
-            evaluate(session, ["stamps"], stamps_root, tmp_path / "killed", batch_size=4, progress=False)
+            evaluate_tasks(session, ["stamps"], stamps_root, tmp_path / "killed", batch_size=4, progress=False)
             break
         except Killed:
             kills += 1
@@ -180,58 +181,58 @@ def test_after_kills_the_same_answers_and_none_asked_twice(session, stamps_root,
     assert len(asked) == 2 * 41 + torn
     results = [json.loads((tmp_path / run / "results.json").read_text())["categories"] for run in ("whole", "killed")]
     assert results[0] == results[1]
-    evaluate(session, ["stamps"], stamps_root, tmp_path / "killed", progress=False)
+    evaluate_tasks(session, ["stamps"], stamps_root, tmp_path / "killed", progress=False)
     assert len(asked) == 2 * 41 + torn  # all there: nothing is asked
 
 
-def test_answers_of_another_model_are_set_aside(session, stamps_root, tmp_path, caplog) -> None:
+def test_answers_of_another_model_are_moved(session, stamps_root, tmp_path, caplog) -> None:
     root = copy_of("pope", tmp_path)
-    make_pictures(Factory("benchmarks").get("pope").questions(root))
+    make_pictures(Factory("benchmarks").get("pope")().questions(root))
     out = tmp_path / "out"
-    evaluate(session, ["pope"], tmp_path, out, progress=False)
-    both = evaluate(session, ["stamps"], stamps_root, out, limit=5, progress=False)
+    evaluate_tasks(session, ["pope"], tmp_path, out, progress=False)
+    both = evaluate_tasks(session, ["stamps"], stamps_root, out, limit=5, progress=False)
     assert list(both["tasks"]) == ["pope", "stamps"] and both["tasks"]["stamps"]["n"] == 5
     old = (out / "eval" / "stamps" / "answers.jsonl").read_bytes()
     other = Session.load(new_checkpoint(tmp_path / "other", seed=7), device="cpu")
-    results = evaluate(other, ["stamps"], stamps_root, out, limit=5, progress=False)
+    results = evaluate_tasks(other, ["stamps"], stamps_root, out, limit=5, progress=False)
     assert list(results["tasks"]) == ["stamps"]
-    assert "another checkpoint: moved to stamps.1" in caplog.text
+    assert "another checkpoint: they are moved to stamps.1" in caplog.text
     assert (out / "eval" / "stamps.1" / "answers.jsonl").read_bytes() == old
     assert (out / "eval" / "stamps" / "answers.jsonl").read_bytes() != old
 
 
-def test_limit_keeps_the_questions_of_a_picture_together() -> None:
+def test_limit_keeps_the_questions_on_an_image_together() -> None:
     questions = [Question(f"{at}", at, images=(f"{at // 2}.png",)) for at in range(40)]
-    chosen = spread(questions, 8)
+    chosen = pick_evenly(questions, 8)
     assert [question.id for question in chosen] == ["0", "1", "10", "11", "20", "21", "30", "31"]
-    assert spread(questions, 100) == spread(questions, None) == questions
-    assert len(spread([Question(str(at), at) for at in range(10)], 3)) == 3
+    assert pick_evenly(questions, 100) == pick_evenly(questions, None) == questions
+    assert len(pick_evenly([Question(str(at), at) for at in range(10)], 3)) == 3
 
 
-def test_what_is_wrong_is_said_before_anything_is_asked(session, stamps_root, tmp_path, monkeypatch) -> None:
+def test_errors_come_before_the_first_question(session, stamps_root, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(Session, "generate_each", lambda *_, **__: pytest.fail("asked"))
     out = tmp_path / "out"
     with pytest.raises(UserError, match="unknown benchmark 'popee'; did you mean 'pope'"):
-        evaluate(session, ["stamps", "popee"], stamps_root, out)
+        evaluate_tasks(session, ["stamps", "popee"], stamps_root, out)
     with pytest.raises(UserError, match=r"expected coco/coco_pope_adversarial\.json or .* in .*nowhere"):
-        evaluate(session, ["pope"], tmp_path / "nowhere", out)
-    with pytest.raises(UserError, match="gqa needs its data: give --data ROOT"):
-        evaluate(session, ["gqa"], None, out)
+        evaluate_tasks(session, ["pope"], tmp_path / "nowhere", out)
+    with pytest.raises(UserError, match="gqa requires its data: give --data ROOT"):
+        evaluate_tasks(session, ["gqa"], None, out)
     with pytest.raises(UserError, match="not trained on stamps"):
-        evaluate(session, ["stamps"], None, out)
+        evaluate_tasks(session, ["stamps"], None, out)
     root = copy_of("pope", tmp_path)
-    questions = Factory("benchmarks").get("pope").questions(root)
+    questions = Factory("benchmarks").get("pope")().questions(root)
     make_pictures(questions)
     Path(questions[3].images[0]).unlink()
-    with pytest.raises(UserError, match=r"pope: 1 of its \d+ pictures cannot be read: picture .*\.jpg not found"):
-        evaluate(session, ["pope"], tmp_path, out)
+    with pytest.raises(UserError, match=r"pope: 1 of its \d+ images cannot be read: image .*\.jpg not found"):
+        evaluate_tasks(session, ["pope"], tmp_path, out)
     assert not out.exists()
 
 
 def test_a_broken_line_among_the_answers_is_refused(tmp_path) -> None:
     path = tmp_path / "answers.jsonl"
     path.write_text('{"id": "1", "text": "a"}\nnot json\n{"id": "2", "text": "b"}\n')
-    with pytest.raises(UserError, match=r"answers\.jsonl, line 2 is no answer"):
+    with pytest.raises(UserError, match=r"answers\.jsonl, line 2 is not an answer"):
         read_answers(path)
     path.write_bytes('{"id": "1", "text": "a\u2028b"}\n{"id": "2", "te'.encode())
     assert read_answers(path) == {"1": {"id": "1", "text": "a\u2028b"}}
@@ -242,10 +243,10 @@ def item(category: str, score: float | None, gold: object = "x") -> dict:
     return {"id": str(id(gold)), "category": category, "score": score, "gold": gold}
 
 
-def test_categories_count_what_they_say() -> None:
+def test_categories_have_accuracy_baselines_and_counts() -> None:
     seen = [item("a", 1.0, "yes"), item("a", 0.0, "no"), item("a", 1.0, "yes"), item("b", 0.3, ["x"] * 10)]
     blind = [item("a", 1.0), item("a", 0.0), item("a", 0.0), item("b", 0.0)]
-    table = categories(seen, blind, {"a": [0.1, 0.9]})
+    table = tabulate_categories(seen, blind, {"a": [0.1, 0.9]})
     third = pytest.approx(1 / 3)
     assert table["a"] == {
         "accuracy": pytest.approx(2 / 3),
@@ -255,13 +256,13 @@ def test_categories_count_what_they_say() -> None:
         "n": 3,
     }
     assert table["b"] == {"accuracy": 0.3, "interval": None, "blind": 0.0, "majority": None, "n": 1}
-    assert categories([item("a", None)], None, {}) == {}  # a test split: a server scores it
-    assert stands_out({"accuracy": 0.9, "blind": 0.5, "majority": 0.5, "n": 100})
-    assert not stands_out({"accuracy": 0.55, "blind": 0.5, "majority": None, "n": 100})
+    assert tabulate_categories([item("a", None)], None, {}) == {}  # a test split: a server scores it
+    assert is_above_baselines({"accuracy": 0.9, "blind": 0.5, "majority": 0.5, "n": 100})
+    assert not is_above_baselines({"accuracy": 0.55, "blind": 0.5, "majority": None, "n": 100})
 
 
-def test_the_page_needs_nothing_else(session, stamps_root, tmp_path) -> None:
-    evaluate(session, ["stamps"], stamps_root, tmp_path, progress=False)
+def test_the_page_needs_no_other_file(session, stamps_root, tmp_path) -> None:
+    evaluate_tasks(session, ["stamps"], stamps_root, tmp_path, progress=False)
     page = (tmp_path / "eval" / "stamps" / "samples.html").read_text()
     sources = re.findall(r'src="([^"]*)"', page)
     assert len(sources) == 23 and all(source.startswith("data:image/png;base64,") for source in sources)
@@ -270,15 +271,15 @@ def test_the_page_needs_nothing_else(session, stamps_root, tmp_path) -> None:
     assert "prefers-color-scheme: dark" in page
 
 
-def test_the_page_takes_turns() -> None:
+def test_the_page_takes_categories_in_turn() -> None:
     items = [item("a", 1.0) for _ in range(50)] + [item("a", 0.0)] * 2 + [item("b", 0.0)] * 3 + [item("c", 1.0)]
-    chosen = choose(items, 10)
+    chosen = pick_items(items, 10)
     assert [one["category"] for one in chosen] == ["a"] * 6 + ["b"] * 3 + ["c"]
     assert [one["score"] for one in chosen[:6]] == [1, 0, 1, 0, 1, 1]
 
 
 def test_the_table_shows_each_category(session, stamps_root, tmp_path) -> None:
-    results = evaluate(session, ["stamps"], stamps_root, tmp_path, progress=False)
+    results = evaluate_tasks(session, ["stamps"], stamps_root, tmp_path, progress=False)
     console = Console(file=io.StringIO(), width=100)
     print_scores(results, console=console)
     text = console.file.getvalue()

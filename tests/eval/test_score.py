@@ -1,22 +1,22 @@
-"""Answers files: strict matching, torn lines, foreign formats, partial scoring."""
+"""Answers files: strict matching, incomplete lines, other formats, partial scoring."""
 
 import shutil
 
 import pytest
 from oracle_tools import answer_all, copy_of
 
-from tests.cli_tools import assert_refused, command_line  # noqa: F401  (the fixture `tinyllava`)
+from tests.cli_tools import assert_refused, run_command_line  # noqa: F401  (the fixture `tinyllava`)
 from tinyllava.errors import UserError
-from tinyllava.eval.benchmarks import Question, mme, pope
-from tinyllava.eval.score import match, score_answers
+from tinyllava.eval.benchmarks import Benchmark, Question, mme, pope
+from tinyllava.eval.score import match_answers, score_answers
 
 
-def test_torn_and_foreign_answers(tmp_path):
+def test_incomplete_lines_and_other_formats(tmp_path):
     root = copy_of("pope", tmp_path)
-    answers = answer_all(pope, root, tmp_path / "answers.jsonl", "no")
+    answers = answer_all(pope.Benchmark(), root, tmp_path / "answers.jsonl", "no")
     whole = answers.read_bytes()
     answers.write_bytes(whole[:-1] + b'\n{"question_id": 30, "text": "caf\xc3')  # killed inside a character
-    with pytest.raises(UserError, match=r"1 broken \(line 31 is no JSON\)"):
+    with pytest.raises(UserError, match=r"1 broken \(line 31 is not JSON\)"):
         score_answers("pope", root, answers)
     assert score_answers("pope", root, answers, allow_partial=True)["counts"]["broken"] == 1
 
@@ -36,17 +36,17 @@ def test_torn_and_foreign_answers(tmp_path):
         score_answers("popee", root, answers)
 
 
-def test_what_is_wrong_is_said_in_two_lines(tmp_path, tinyllava):
+def test_errors_have_two_lines(tmp_path, tinyllava):
     root = copy_of("mme", tmp_path)
     answers = answer_all(
-        mme, root, tmp_path / "a.jsonl", lambda q: "\tyes\nit\tis\n" if q.answer == "Yes" else "No\r\n"
+        mme.Benchmark(), root, tmp_path / "a.jsonl", lambda q: "\tyes\nit\tis\n" if q.answer == "Yes" else "No\r\n"
     )
-    said = tinyllava("score", "mme", "--data", tmp_path, "--answers", answers)  # tabs and newlines
-    assert said.code == 0 and "2000.00" in said.out and "cognition 800" in said.out
+    result = tinyllava("score", "mme", "--data", tmp_path, "--answers", answers)  # tabs and newlines
+    assert result.code == 0 and "2000.00" in result.out and "cognition 800" in result.out
     score = ("score", "mme", "--data", tmp_path, "--answers", answers)
     lines = answers.read_text().splitlines(keepends=True)
     answers.write_text("".join([*lines[:3], "{broken\n", *lines[3:-4], *lines[5:7], lines[-1][:-20]]))
-    assert_refused(tinyllava(*score), "4 missing (", ", ...)", "2 duplicate (", "2 broken (line 4 is no JSON, line ")
+    assert_refused(tinyllava(*score), "4 missing (", ", ...)", "2 duplicate (", "2 broken (line 4 is not JSON, line ")
     assert tinyllava(*score, "--allow-partial").code == 0
     assert "4 missing, 2 duplicate, 2 broken" in tinyllava(*score, "--allow-partial").out.replace(", 0 unknown", "")
     assert_refused(tinyllava("score", "mmee", *score[2:]), "unknown benchmark 'mmee'; did you mean 'mme'")
@@ -55,7 +55,7 @@ def test_what_is_wrong_is_said_in_two_lines(tmp_path, tinyllava):
     assert_refused(tinyllava(*score), "expected MME_Benchmark_release_version", f"{tmp_path / 'eval' / 'MME'}")
 
 
-def test_answers_without_prompts_cannot_be_joined_in_textvqa(tmp_path):
+def test_textvqa_answers_without_prompts_cannot_be_matched(tmp_path):
     root = copy_of("textvqa", tmp_path)
     answers = tmp_path / "a.jsonl"
     answers.write_text('{"question_id": "97b750923ceb3ffd", "text": "nokia"}')
@@ -65,21 +65,21 @@ def test_answers_without_prompts_cannot_be_joined_in_textvqa(tmp_path):
 
 def test_partial_answers_are_scored_and_counted(tmp_path):
     root = copy_of("pope", tmp_path)
-    answers = answer_all(pope, root, tmp_path / "answers.jsonl", lambda q: q.answer)
+    answers = answer_all(pope.Benchmark(), root, tmp_path / "answers.jsonl", lambda q: q.answer)
     lines = answers.read_text().splitlines(keepends=True)
     answers.write_text("".join([*lines[1:], '{"question_id": "x", "text": "no"}\n']))
-    found = score_answers("pope", root, answers, allow_partial=True)
-    assert found["score"] == 100.0
-    assert found["metrics"]["per_category"]["adversarial"]["samples"] == 9
-    assert (found["counts"]["missing"], found["counts"]["unknown"]) == (1, 1)
+    actual = score_answers("pope", root, answers, allow_partial=True)
+    assert actual["score"] == 100.0
+    assert actual["metrics"]["per_category"]["adversarial"]["samples"] == 9
+    assert (actual["counts"]["missing"], actual["counts"]["unknown"]) == (1, 1)
 
 
 def test_repeated_questions_are_matched_by_their_number():
-    """Two questions with one key want two answers; a third counts as a duplicate."""
+    """Two questions with the same key need two answers. A third answer is a duplicate."""
     twins = [Question(name, 7) for name in ("7", "7 #2")]
     records = [{"question_id": 7, "text": text} for text in ("a", "b", "c")]
-    pairs, counts, _ = match(object(), twins, records[:2])
+    pairs, counts, _ = match_answers(Benchmark(), twins, records[:2])
     assert [(q.id, r["text"]) for q, r in pairs] == [("7", "a"), ("7 #2", "b")]
     assert counts["duplicate"] == 0
-    assert match(object(), twins, records)[1]["duplicate"] == 1
-    assert match(object(), twins, records[:1])[1]["missing"] == 1
+    assert match_answers(Benchmark(), twins, records)[1]["duplicate"] == 1
+    assert match_answers(Benchmark(), twins, records[:1])[1]["missing"] == 1

@@ -1,4 +1,4 @@
-"""The stamps test: what is scored how, and where its questions come from."""
+"""The stamps benchmark: how answers are scored, and where the questions are found."""
 
 import json
 
@@ -6,7 +6,7 @@ import pytest
 
 from tinyllava.data.sources import stamps as source
 from tinyllava.errors import UserError
-from tinyllava.eval.benchmarks import stamps
+from tinyllava.eval.benchmarks.stamps import Benchmark
 
 
 def write(folder, records) -> None:
@@ -17,6 +17,9 @@ def write(folder, records) -> None:
 def record(number: int, answer: str, category: str, **more) -> dict:
     text = {"question_id": number, "image": f"images/{number}.png", "text": "What?", "answer": answer}
     return {**text, "category": category, **more}
+
+
+stamps = Benchmark()
 
 
 def test_questions_and_scores_by_category(tmp_path) -> None:
@@ -44,15 +47,17 @@ def test_questions_and_scores_by_category(tmp_path) -> None:
     assert [item["metric"] for item in result["items"]] == ["exact", "exact", "choice", "exact"]
 
 
-def test_the_test_is_the_one_given_or_that_of_the_tier_trained_on(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(source, "prepared", lambda tier, cache: tmp_path / "cache" / tier)
+def test_locate_uses_the_root_or_the_training_tier(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(source, "compose_tier", lambda tier, cache: tmp_path / "cache" / tier)
     write(tmp_path / "data" / "stamps", [record(0, "cat", "naming")])
     trained_on = ["my.json", "stamps:small/instructions"]
     assert stamps.locate(tmp_path / "data", trained_on) == tmp_path / "data" / "stamps"
     assert stamps.locate(tmp_path, trained_on) == tmp_path / "cache" / "small"
     assert stamps.locate(None, trained_on) == tmp_path / "cache" / "small"
     assert stamps.locate("stamps:full", trained_on) == tmp_path / "cache" / "full"
-    with pytest.raises(UserError, match=r"stamps:reading has no test\. Give --data stamps:tiny \(or small, full\)"):
+    with pytest.raises(
+        UserError, match=r"stamps:reading contains no stamps test\. Give --data stamps:tiny \(or small, full\)"
+    ):
         stamps.locate("stamps:reading", trained_on)
     with pytest.raises(UserError, match=r"not trained on stamps\. Give --data stamps:tiny"):
         stamps.locate(tmp_path, ["my.json"])

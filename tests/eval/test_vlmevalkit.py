@@ -1,4 +1,4 @@
-"""docs/vlmevalkit.md: its launcher registers a model that answers as a session does, and then runs run.py.
+"""docs/vlmevalkit.md: its launcher registers a model with the answers of a session, and then runs run.py.
 
 VLMEvalKit is not installed here: the two names that the launcher takes from it are stood in for, with the contract of
 `vlmeval/vlm/base.py` at commit e8e78f0 (`generate` hands a list of {type, value} to `generate_inner`).
@@ -14,9 +14,9 @@ import numpy as np
 from PIL import Image
 
 from tests.tiny_session import tiny_session
+from tinyllava import checkpoint
 from tinyllava.data.sample import Message, Sample
 from tinyllava.infer import Session
-from tinyllava.model import checkpoint
 
 PAGE = Path(__file__).parents[2] / "docs/vlmevalkit.md"
 BASE = """
@@ -42,7 +42,7 @@ print(json.dumps([model.generate(message) for message in json.load(open("message
 
 def test_its_launcher_gives_the_answers_of_a_session(tmp_path) -> None:
     made = tiny_session()
-    checkpoint.save(made.model, made.processor, made.template, tmp_path / "checkpoint")
+    checkpoint.save(made.vlm, tmp_path / "checkpoint")
     rng = np.random.default_rng(0)
     paths = [str(tmp_path / f"{number}.png") for number in range(2)]
     for path in paths:

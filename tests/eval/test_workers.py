@@ -1,4 +1,4 @@
-"""Several processes, and kills: the same answers as one process that nothing disturbs, none lost and none twice."""
+"""Several processes and kills give the same answers as one process without a kill: none is lost, none occurs twice."""
 
 import json
 import multiprocessing
@@ -17,11 +17,11 @@ import pytest
 from PIL import Image
 
 from tests.tiny_session import tiny_session
-from tinyllava.eval.answers import join_parts, part_of, read_answers
-from tinyllava.eval.ask import chunks
+from tinyllava import checkpoint
+from tinyllava.eval.answers import join_process_files, name_process_file, read_answers
+from tinyllava.eval.ask import split_chunks
 from tinyllava.eval.benchmarks import Question
 from tinyllava.eval.workers import Workers
-from tinyllava.model import checkpoint
 
 KILLS = 10
 
@@ -31,7 +31,7 @@ def place(tmp_path_factory) -> Path:
     """A folder with checkpoint/ and questions.jsonl: 20 pictures with six questions each."""
     folder = tmp_path_factory.mktemp("place")
     made = tiny_session()
-    checkpoint.save(made.model, made.processor, made.template, folder / "checkpoint")
+    checkpoint.save(made.vlm, folder / "checkpoint")
     rng, records = np.random.default_rng(0), []
     for number in range(20):
         Image.fromarray(rng.integers(0, 255, (32, 32, 3), dtype=np.uint8)).save(folder / f"{number}.png")
@@ -52,9 +52,9 @@ def lines(output: Path) -> list[bytes]:
 
 
 def command(words: list[str], environment: dict[str, str]) -> None:
-    """What the console script does, in small batches, so that there is a time between the first answer and the last."""
+    """Run the console script with small batches, so that there is time between the first answer and the last."""
     from tinyllava import cli
-    from tinyllava.data import prompts
+    from tinyllava.infer import prompts
 
     prompts.ROWS = 6
     os.environ |= environment
@@ -62,9 +62,9 @@ def command(words: list[str], environment: dict[str, str]) -> None:
 
 
 def start(words: list[str], **environment: str) -> BaseProcess:
-    """`tinyllava` in a process of its own.
+    """Start `tinyllava` in a separate process.
 
-    They are forked from one that has imported everything: an import of torch takes longer than all the work here.
+    It is forked from a process that has imported everything, because importing torch takes longer than the rest.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tinyllava.eval.run", "tinyllava.commands.evaluate", "tinyllava.cli"])
@@ -75,7 +75,7 @@ def start(words: list[str], **environment: str) -> BaseProcess:
 
 @pytest.fixture(scope="module")
 def undisturbed(place) -> list[bytes]:
-    """The answers of one process."""
+    """The answers of one process that is not killed."""
     process = start(arguments(place, place / "undisturbed"))
     process.join()
     assert process.exitcode == 0
@@ -110,12 +110,12 @@ def test_torchrun_gives_the_answers_of_one_process(place, undisturbed, tmp_path)
     words = [*launcher, "-m", "tinyllava", *arguments(place, tmp_path)]
     done = subprocess.run(words, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("sample answers with their pictures") == 1  # the first process speaks
+    assert done.stdout.count("sample answers with their images") == 1  # the first process speaks
     assert lines(tmp_path) == undisturbed
     assert not list((tmp_path / "eval/questions").glob("*.part-*"))
 
 
-def test_when_one_of_two_is_killed_no_answer_is_lost(place, undisturbed, tmp_path) -> None:
+def test_no_answer_is_lost_when_one_of_two_processes_is_killed(place, undisturbed, tmp_path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -136,18 +136,20 @@ def test_when_one_of_two_is_killed_no_answer_is_lost(place, undisturbed, tmp_pat
     assert not any(part.exists() for part in parts)
 
 
-def test_parts_that_a_kill_left_are_joined_once(tmp_path) -> None:
+def test_files_of_killed_processes_are_joined_once(tmp_path) -> None:
     path = tmp_path / "answers.jsonl"
     path.write_text('{"id": "1", "text": "a"}\n{"id": "2", "te')
-    part_of(path, 0).write_text('{"id": "1", "text": "a"}\n{"id": "3", "text": "c"}\n')  # killed before it was removed
-    part_of(path, 11).write_text('{"id": "2", "text": "b"}\n{"id": "4", "text"')
-    join_parts(path)
+    name_process_file(path, 0).write_text(
+        '{"id": "1", "text": "a"}\n{"id": "3", "text": "c"}\n'
+    )  # killed before it was removed
+    name_process_file(path, 11).write_text('{"id": "2", "text": "b"}\n{"id": "4", "text"')
+    join_process_files(path)
     assert list(read_answers(path)) == ["1", "3", "2"]
     assert path.read_text().count("\n") == 3 and list(tmp_path.iterdir()) == [path]
 
 
 class Store(dict):
-    """What torchrun's store does, in one process."""
+    """A store like torchrun's, for one process."""
 
     def add(self, name: str, number: int) -> int:
         self[name] = self.get(name, 0) + number
@@ -155,10 +157,10 @@ class Store(dict):
 
 
 @pytest.mark.parametrize("count", [2, 7])
-def test_chunks_are_taken_once_and_keep_pictures_whole(count: int) -> None:
+def test_chunks_are_taken_once_and_keep_images_together(count: int) -> None:
     questions = [Question(str(at), at, images=(f"{at % 31}.png",) if at % 4 else ()) for at in range(200)]
     store, rng = Store(), random.Random(0)
-    made = chunks(questions, count)
+    made = split_chunks(questions, count)
     assert len(made) >= 4 * count
     takers = [Workers(rank, count, store).take("x", made) for rank in range(count)]
     taken = []
@@ -169,4 +171,4 @@ def test_chunks_are_taken_once_and_keep_pictures_whole(count: int) -> None:
     assert sorted(q.question_id for chunk in taken for q in chunk) == list(range(200))
     shown = [{q.images for q in chunk if q.images} for chunk in taken]
     assert sum(map(len, shown)) == len(set().union(*shown))
-    assert [len(chunk) for chunk in chunks(questions, 1)] == [200]
+    assert [len(chunk) for chunk in split_chunks(questions, 1)] == [200]

@@ -10,11 +10,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from tests.conftest import LLAMA, SIGLIP, tiny_model
 from tests.llms.tiny_llms import LLMS
 from tests.tiny_session import WORDS, corpus
-from tinyllava.config import ModelSpec
+from tests.tiny_vlm import build_tiny
+from tinyllava.commands.split import write_llm
 from tinyllava.errors import UserError
 from tinyllava.factory import Factory
-from tinyllava.model.build import build, default_template, head_of
-from tinyllava.model.split import write_llm
+from tinyllava.llms import import_llm
+from tinyllava.model.build import get_default_template
+from tinyllava.model.head import probe_head
 
 HEADS = {  # what stands between the last hidden state and the logits, where it is not a plain linear layer
     "phi": {"head_bias": True, "head_scale": 1.0},
@@ -42,6 +44,7 @@ def stand_alone(family: str, dtype: torch.dtype = torch.float32, vocab_size: int
     """A tiny LLM whose every weight is random, norms and biases included."""
     fields = {**LLMS[family], "vocab_size": vocab_size, "pad_token_id": 2, "bos_token_id": 0, "eos_token_id": 1}
     torch.manual_seed(0)
+    import_llm(fields["model_type"])
     llm = AutoModelForCausalLM.from_config(AutoConfig.for_model(fields.pop("model_type"), **fields)).eval()
     with torch.no_grad():
         for parameter in llm.parameters():
@@ -62,8 +65,8 @@ def test_in_the_model_it_computes_what_it_computes_alone(
     llm.save_pretrained(tmp_path)
     spec = {"llm": {"name": str(tmp_path), "tokenizer": str(tokenizer)}, "vision_tower": {"config": SIGLIP}}
     spec |= {"connector": "mlp2x_gelu", "template": "llama"}
-    model, processor, _ = build(ModelSpec.model_validate(spec))
-    model.eval()
+    vlm = build_tiny(spec)
+    model, processor = vlm.model.eval(), vlm.processor
     words = processor.tokenizer(WORDS[1], return_tensors="pt").input_ids
     ids = torch.cat([torch.full((1, processor.tokens_per_image), model.config.image_token_id), words], dim=1)
     pixels = torch.randn(1, 3, 32, 32)
@@ -81,7 +84,7 @@ def test_in_the_model_it_computes_what_it_computes_alone(
 def test_what_its_head_does_is_found_by_comparing_logits(family: str, dtype: torch.dtype) -> None:
     """Also in bfloat16, where a soft cap of 30 changes an ordinary logit less than rounding does."""
     llm = stand_alone(family, dtype)
-    assert head_of(llm) == HEADS.get(family, PLAIN)
+    assert probe_head(llm) == HEADS.get(family, PLAIN)
 
 
 def test_a_head_that_cannot_be_held_is_refused() -> None:
@@ -94,29 +97,34 @@ def test_a_head_that_cannot_be_held_is_refused() -> None:
         return outputs
 
     llm.forward = forward
-    with pytest.raises(UserError, match=r"LlamaForCausalLM changes its logits in a way the model class cannot hold"):
-        head_of(llm)
+    with pytest.raises(
+        UserError, match=r"LlamaForCausalLM changes its logits in a way that the model class cannot hold"
+    ):
+        probe_head(llm)
 
 
 @pytest.mark.parametrize("family", LLMS)
 def test_the_template_when_none_is_named(family: str) -> None:
     """The original's for the families it had; whoever has a chat template of its own speaks that."""
+    import_llm(LLMS[family]["model_type"])
     config = AutoConfig.for_model(LLMS[family]["model_type"])
     wanted = OWN_TEMPLATES.get(config.model_type, "native")
-    assert default_template(config) == wanted
-    assert wanted == "native" or wanted in Factory("templates").names()
+    assert get_default_template(config) == wanted
+    assert wanted == "native" or wanted in Factory("templates").list_names()
 
 
-def test_a_family_may_say_what_random_weights_begin_as(tmp_path: Path) -> None:
+def test_a_family_may_say_what_random_weights_begin_as(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And only these: a model that is loaded keeps its own."""
+    monkeypatch.setattr(Factory("llms"), "registered", {})  # building registers the family for this process
     spec = {"name": None, "config": {**LLAMA, "num_key_value_heads": 4}, "family": "tinyllava.llms.llama:Copying"}
-    model, processor, _ = build(ModelSpec.model_validate(tiny_model() | {"llm": {**spec, "tokenizer": {}}}), corpus)
+    vlm = build_tiny(tiny_model() | {"llm": {**spec, "tokenizer": {}}}, corpus())
+    model = vlm.model
     heads = [layer.self_attn for layer in model.model.language_model.layers]
     assert all(torch.equal(head.k_proj.weight, head.q_proj.weight) for head in heads)
     assert all(torch.equal(head.o_proj.weight, head.v_proj.weight.T) for head in heads)
     heads[0].k_proj.weight.data.zero_()
     write_llm(model, tmp_path)
-    processor.tokenizer.save_pretrained(tmp_path)
+    vlm.tokenizer.save_pretrained(tmp_path)
     again = {"name": str(tmp_path), "family": spec["family"]}
-    loaded, _, _ = build(ModelSpec.model_validate(tiny_model() | {"llm": again}))
+    loaded = build_tiny(tiny_model() | {"llm": again}).model
     assert not loaded.model.language_model.layers[0].self_attn.k_proj.weight.any()

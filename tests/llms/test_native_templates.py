@@ -13,8 +13,8 @@ from transformers import AutoTokenizer
 from tests.tiny_session import corpus
 from tinyllava.data.sample import Message, Sample
 from tinyllava.data.template import Template, add_image_token
+from tinyllava.data.tokenizer import train_tokenizer
 from tinyllava.errors import UserError
-from tinyllava.model.parts import train_tokenizer
 
 SENTENCEPIECE = Path(__file__).parents[1] / "parity" / "training" / "init"
 EACH = "{%- for message in messages -%}"
@@ -145,18 +145,18 @@ TALKS = [
 )
 def test_labels_are_what_the_model_must_say_after_each_prompt(family: str, pieces: bool) -> None:
     tokenizer, native, end = tokenizer_of(family, pieces=pieces), Template.load("native"), FORMATS[family][3]
-    assert native.end_of_turn(tokenizer) == end
+    assert native.get_end_of_turn(tokenizer) == end
     talks = TALKS if family == "llama2" else [*TALKS, conversation("What?", "a cat", system="Be brief.")]
     for talk in talks:
         encoded = native.encode(talk, tokenizer)
         ids, labels = encoded["input_ids"], encoded["labels"]
-        served = native.chat_template(tokenizer)  # what is saved with it: with BOS, where the tokenizer wants one
+        served = native.get_chat_template(tokenizer)  # what is saved with it: with BOS, where the tokenizer wants one
         assert ids == tokenizer.apply_chat_template(talk.to_messages(), chat_template=served)["input_ids"]
         learned = [at for at, label in enumerate(labels) if label != -100]
         for at, message in enumerate(talk.messages):
             if message.role != "assistant":
                 continue
-            prompt = native.prompt(Sample(talk.messages[:at], talk.images), tokenizer)["input_ids"]
+            prompt = native.encode_prompt(Sample(talk.messages[:at], talk.images), tokenizer)["input_ids"]
             assert ids[: len(prompt)] == prompt
             said = len(prompt)
             while said < len(ids) and labels[said] != -100:
@@ -172,9 +172,11 @@ def test_a_format_that_cannot_be_split_says_what_to_do() -> None:
     """The remedy of each error names our own templates."""
     tokenizer = tokenizer_of("olmo2", conversation("Is it Amber or Cobalt?", "an Amber and a Cobalt one"))
     cases = {
-        r"ends a turn with '\\n': no special token": turns("message.role + ': '", "'\n'", prompt="'assistant: '"),
+        r"ends a turn with '\\n', which is not a special token": turns(
+            "message.role + ': '", "'\n'", prompt="'assistant: '"
+        ),
         "makes one token of the prompt's end": turns("message.role + ' '", "eos_token", prompt="'assistant '"),
-        "rewrites turns that are past": turns(
+        "rewrites earlier turns": turns(
             "'<|' + message.role + '|>\n'",
             "eos_token",
             answer=f"(message.content if loop.last or not {ASSISTANT} else '')",
@@ -194,9 +196,11 @@ def test_a_format_that_cannot_be_split_says_what_to_do() -> None:
 def test_a_template_whose_end_token_the_tokenizer_lacks() -> None:
     """Ours fall back to the tokenizer's EOS; somebody else's format is refused."""
     tokenizer = tokenizer_of("olmo2")
-    assert Template.load("qwen2_instruct").end_of_turn(tokenizer) == "</s>"
+    assert Template.load("qwen2_instruct").get_end_of_turn(tokenizer) == "</s>"
     tokenizer.chat_template = CHATML
-    with pytest.raises(UserError, match=r"ends a turn with '<\|im_end\|>\\n': no special token of this tok.*gemma"):
+    with pytest.raises(
+        UserError, match=r"ends a turn with '<\|im_end\|>\\n', which is not a special token here.*gemma"
+    ):
         Template.load("native").encode(TALKS[0], tokenizer)
     tokenizer.eos_token = None
     with pytest.raises(UserError, match=r"template 'qwen2_instruct' ends turns with the EOS token, but this tokenizer"):

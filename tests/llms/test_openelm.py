@@ -1,7 +1,4 @@
-"""OpenELM: Apple's sizes, names and mathematics, and everything an LLM of this package must do.
-
-Nothing here imports llms/openelm.py: that its model is known at all is what importing the package must see to.
-"""
+"""OpenELM: Apple's sizes, names and mathematics, and everything an LLM of this package must do."""
 
 import json
 from itertools import pairwise
@@ -16,13 +13,17 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from tests.conftest import tiny_model
 from tests.tiny_session import WORDS, corpus
-from tinyllava.config import ModelSpec, Tune
+from tests.tiny_vlm import build_tiny
+from tinyllava import checkpoint
+from tinyllava.config import Tune
 from tinyllava.data.sample import Message, Sample
 from tinyllava.errors import UserError
+from tinyllava.factory import Factory
 from tinyllava.infer import Session
-from tinyllava.model import checkpoint
-from tinyllava.model.build import build, head_of
+from tinyllava.model.head import probe_head
 from tinyllava.train.tune import apply_tuning
+
+Factory("llms").get("openelm")  # makes its classes known to the Auto classes, which some tests use alone
 
 TINY = {
     "model_type": "openelm",
@@ -151,7 +152,7 @@ def test_logits_are_the_references_and_the_files_apples(variant: str, tmp_path: 
         torch.testing.assert_close(loaded(ids, logits_to_keep=2).logits, wanted[:, -2:], atol=1e-4, rtol=1e-4)
         bare = AutoModel.from_pretrained(tmp_path)
         torch.testing.assert_close(bare(ids).last_hidden_state, loaded.transformer(ids).last_hidden_state)
-    assert head_of(llm) == {"head_bias": False, "head_scale": 1.0}
+    assert probe_head(llm) == {"head_bias": False, "head_scale": 1.0}
 
 
 def test_generation_is_the_same_with_a_cache_and_in_a_padded_batch() -> None:
@@ -193,10 +194,9 @@ def test_gradient_checkpointing_changes_no_gradient() -> None:
 @pytest.mark.parametrize("tune", [{"llm": "full"}, {"llm": {"lora": {"r": 4, "alpha": 8}}}], ids=["full", "lora"])
 def test_openelm_inside_llava_trains_saves_loads_and_answers(tune: dict, pictures: Path, tmp_path: Path) -> None:
     source = apple_directory(tiny(vocab_size=400), tmp_path / "OpenELM")
-    spec = ModelSpec.model_validate(
-        {**tiny_model(), "llm": {"name": str(source), "tokenizer": {"vocab_size": 400}}, "template": None}
-    )
-    model, processor, template = build(spec, corpus)
+    llm = {"name": str(source), "tokenizer": {"vocab_size": 400}}
+    vlm = build_tiny({**tiny_model(), "llm": llm, "template": None}, corpus())
+    model, processor, template = vlm.model, vlm.processor, vlm.template
     assert template.name == "llama"
     stored = load_file(source / "model.safetensors")["transformer.token_embeddings.weight"]
     torch.testing.assert_close(model.get_input_embeddings().weight[:400], stored)
@@ -217,21 +217,18 @@ def test_openelm_inside_llava_trains_saves_loads_and_answers(tune: dict, picture
         losses.append(loss.item())
     assert all(later < earlier for earlier, later in pairwise(losses))
     model.eval()
-    checkpoint.save(model, processor, template, tmp_path / "c")
-    loaded, same_processor, same_template, record = checkpoint.load(tmp_path / "c")
-    assert not record["plain"]  # transformers alone could not read it
+    checkpoint.save(vlm, tmp_path / "c")
+    loaded = checkpoint.load(tmp_path / "c")
+    assert not loaded.record["plain"]  # transformers alone could not read it
     with torch.no_grad():
         inputs = {"input_ids": ids, "pixel_values": pixels}
-        torch.testing.assert_close(loaded(**inputs).logits, model(**inputs).logits, rtol=0, atol=0)
+        torch.testing.assert_close(loaded.model(**inputs).logits, model(**inputs).logits, rtol=0, atol=0)
     question = Sample([Message("user", f"<image>\n{WORDS[0]}")], [str(pictures / "3.png")])
-    answers = [
-        Session(*parts).generate([question], max_new_tokens=6)
-        for parts in ((model, processor, template), (loaded, same_processor, same_template))
-    ]
+    answers = [Session(each).generate([question], max_new_tokens=6) for each in (vlm, loaded)]
     assert answers[0] == answers[1]
 
 
 def test_a_missing_tokenizer_is_asked_for(tmp_path: Path) -> None:
     source = apple_directory(tiny(), tmp_path / "OpenELM")
     with pytest.raises(UserError, match=r"tokenizer.*model\.llm\.tokenizer="):
-        build(ModelSpec.model_validate({**tiny_model(), "llm": {"name": str(source)}}), corpus)
+        build_tiny({**tiny_model(), "llm": {"name": str(source)}})

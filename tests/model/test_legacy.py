@@ -19,13 +19,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
 import tinyllava
+from tinyllava import checkpoint
+from tinyllava.checkpoint.layout import explain_not_plain
 from tinyllava.config import Recipe
 from tinyllava.data.sample import Sample
 from tinyllava.data.template import Template
 from tinyllava.errors import UserError
 from tinyllava.infer import Session
-from tinyllava.model import checkpoint
-from tinyllava.model.layout import why_not_plain
 from tinyllava.train import stage as stages
 
 HERE = Path(__file__).parents[1] / "parity" / "legacy_checkpoints"
@@ -133,7 +133,7 @@ def test_ids_and_labels(case: Case) -> None:
 
 @cases(CASES)
 def test_prompts(case: Case) -> None:
-    prompt = case.template.prompt(case.sample, case.session.tokenizer)
+    prompt = case.template.encode_prompt(case.sample, case.session.tokenizer)
     assert prompt["text"] == case.record["prompt_generate"]
     assert case.placeholders(prompt["input_ids"]) == case.record["input_ids_generate"]
 
@@ -149,7 +149,7 @@ def test_pixels(case: Case) -> None:
     else:
         assert difference.max() < TOLERANCE["atol"]
     # What training and serving use is the same: uint8 here, normalised on the device.
-    config, raw = case.session.model.config, case.session.processor.pixels([case.picture])[0]
+    config, raw = case.session.model.config, case.session.processor.to_pixels([case.picture])[0]
     mean, std = (torch.tensor(row)[:, None, None] for row in (config.image_mean, config.image_std))
     torch.testing.assert_close((raw / 255 - mean) / std, made, **TOLERANCE)
 
@@ -157,7 +157,7 @@ def test_pixels(case: Case) -> None:
 @cases(PICTURES)
 @torch.no_grad()
 def test_features(case: Case) -> None:
-    made = case.session.model.model.tower_features(case.pixels)[0]
+    made = case.session.model.model.compute_tower_features(case.pixels)[0]
     wanted = case.wanted("vision_features")
     if wanted is None:  # a mixture: two towers, joined on channels
         wanted = torch.cat([case.wanted("vision_features_clip"), case.wanted("vision_features_dinov2")], dim=-1)
@@ -168,7 +168,7 @@ def test_features(case: Case) -> None:
 @torch.no_grad()
 def test_image_tokens(case: Case) -> None:
     model = case.session.model.model
-    made = model.multi_modal_projector(model.tower_features(case.pixels))[0]
+    made = model.multi_modal_projector(model.compute_tower_features(case.pixels))[0]
     assert len(made) == case.session.processor.tokens_per_image == case.record["image_tokens"]
     torch.testing.assert_close(made, case.wanted("connector_out"), **TOLERANCE)
 
@@ -218,7 +218,7 @@ def test_the_loss_of_a_batch(name: str) -> None:
 
 
 def greedy(case: Case, model: torch.nn.Module | None = None) -> list[int]:
-    (ids,) = case.expanded(case.template.prompt(case.sample, case.session.tokenizer)["input_ids"])
+    (ids,) = case.expanded(case.template.encode_prompt(case.sample, case.session.tokenizer)["input_ids"])
     model = model or case.session.model
     pixels = {} if case.pixels is None else {"pixel_values": case.pixels}
     made = model.generate(
@@ -237,18 +237,18 @@ def test_greedy_tokens(case: Case) -> None:
 def test_saved_again_it_is_an_ordinary_checkpoint(name: str, tmp_path: Path) -> None:
     """With its switches; and where it is plain llava, transformers itself computes what the original did."""
     old = session(name)
-    checkpoint.save(old.model, old.processor, old.template, tmp_path / "c")
+    checkpoint.save(old.vlm, tmp_path / "c")
     new = tinyllava.load(tmp_path / "c", device="cpu")
     assert (new.template.name, new.template.compat) == (old.template.name, True)
     assert new.processor.tokens_per_image == old.processor.tokens_per_image
     models = [new.model]
-    if why_not_plain(old.model) is None:
+    if explain_not_plain(old.model) is None:
         models.append(AutoModelForImageTextToText.from_pretrained(tmp_path / "c").eval())
         assert type(models[-1]).__module__ == "transformers.models.llava.modeling_llava"
     for record in expected(name)["samples"]:
         case = Case(name, record["id"])
-        prompt = case.template.prompt(case.sample, old.tokenizer)["input_ids"]
-        assert case.template.prompt(case.sample, new.tokenizer)["input_ids"] == prompt
+        prompt = case.template.encode_prompt(case.sample, old.tokenizer)["input_ids"]
+        assert case.template.encode_prompt(case.sample, new.tokenizer)["input_ids"] == prompt
         (ids,) = case.expanded(prompt)
         rows = old.model.config.head_rows
         logits = old.model(input_ids=ids, pixel_values=case.pixels).logits[..., :rows]
@@ -332,7 +332,7 @@ def test_benchs_siglip_gives_all_patches_of_its_last_layer_but_one(tmp_path: Pat
     factory = tinyllava.load(HERE / name / "checkpoint", device="cpu")
     pixels = torch.randn(1, 3, 56, 56, generator=torch.Generator().manual_seed(0))
     wanted = factory.model.model.vision_tower(pixels, output_hidden_states=True).hidden_states[-2]
-    torch.testing.assert_close(bench.model.model.tower_features(pixels), wanted, rtol=0, atol=0)
+    torch.testing.assert_close(bench.model.model.compute_tower_features(pixels), wanted, rtol=0, atol=0)
 
 
 # -- what is refused ---------------------------------------------------------------------------------------------------
@@ -432,6 +432,6 @@ def test_what_must_be_given_is_named(tmp_path: Path) -> None:
     directory, ours = HERE / "full_llama_clip_mlp2x" / "checkpoint", tmp_path / "ours"
     loaded = tinyllava.load(directory, device="cpu")  # the template is that of the LLM's family
     assert loaded.template.name == "llama"
-    checkpoint.save(loaded.model, loaded.processor, loaded.template, ours)
+    checkpoint.save(loaded.vlm, ours)
     with pytest.raises(UserError, match="carries its own template"):
         tinyllava.load(ours, template="phi", device="cpu")

@@ -17,12 +17,11 @@ from transformers import (
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 import tinyllava
-from tests.conftest import CLIP, LLAMA, tiny_model
-from tinyllava.config import ModelSpec
+from tests.conftest import CLIP, LLAMA
+from tests.tiny_vlm import build_tiny
+from tinyllava import checkpoint
 from tinyllava.data.sample import Message, Sample
 from tinyllava.errors import UserError
-from tinyllava.model import checkpoint
-from tinyllava.model.build import build
 
 # Of the shape that llava-hf publishes: content is a list, pictures come first in their turn, answers are marked.
 CHAT = (
@@ -41,8 +40,7 @@ QUESTION = "What is it?"
 def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory as transformers writes it, with padded vocabulary rows."""
     texts = [Sample([Message("user", f"<image>\n{QUESTION}"), Message("assistant", "A red cat.")], ["x"])] * 5
-    _, ours, _ = build(ModelSpec.model_validate(tiny_model()), lambda: texts)
-    tokenizer = ours.tokenizer
+    tokenizer = build_tiny(samples=texts).tokenizer
     text = {**LLAMA, "vocab_size": len(tokenizer) + 6, "tie_word_embeddings": False}
     config = LlavaConfig(
         vision_config=CLIPVisionConfig(**{key: value for key, value in CLIP.items() if key != "model_type"}),
@@ -65,7 +63,7 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def theirs(directory: Path, picture: Path) -> tuple[torch.Tensor, str]:
+def answer_with_transformers(directory: Path, picture: Path) -> tuple[torch.Tensor, str]:
     """Logits of the prompt and the greedy answer, through transformers alone."""
     processor = AutoProcessor.from_pretrained(directory, backend="pil")
     model = AutoModelForImageTextToText.from_pretrained(directory).eval()
@@ -78,10 +76,10 @@ def theirs(directory: Path, picture: Path) -> tuple[torch.Tensor, str]:
 
 
 def test_it_loads_with_the_same_logits_and_answers(published: Path, pictures: Path) -> None:
-    logits, answer = theirs(published, pictures / "3.png")
+    logits, answer = answer_with_transformers(published, pictures / "3.png")
     session = tinyllava.load(published)
     sample = Sample([Message("user", f"<image>{QUESTION}")], [str(pictures / "3.png")])
-    prompt = session.template.prompt(sample, session.tokenizer)
+    prompt = session.template.encode_prompt(sample, session.tokenizer)
     assert prompt["text"] == f"USER: <image>\n{QUESTION} ASSISTANT:"
     inputs = session.processor(images=Image.open(pictures / "3.png"), text=prompt["text"], return_tensors="pt")
     with torch.no_grad():
@@ -101,11 +99,11 @@ def test_its_template_is_refused_for_training_and_another_one_taken(
     encoded = template.encode(sample, session.tokenizer)
     learned = [token for token, label in zip(encoded["input_ids"], encoded["labels"], strict=True) if label != -100]
     assert session.tokenizer.decode(learned) == " A cat.</s>"
-    checkpoint.save(session.model, session.processor, template, tmp_path / "again")
+    checkpoint.save(session.vlm, tmp_path / "again")
     again = tinyllava.load(tmp_path / "again")
     asked = [str(pictures / "3.png")]
     assert again.chat(QUESTION, asked, max_new_tokens=8) == session.chat(QUESTION, asked, max_new_tokens=8)
-    _, answer = theirs(tmp_path / "again", pictures / "3.png")
+    _, answer = answer_with_transformers(tmp_path / "again", pictures / "3.png")
     assert again.conversation.messages[-1].text == answer
     with pytest.raises(UserError, match="carries its own template"):
         tinyllava.load(tmp_path / "again", template="phi")

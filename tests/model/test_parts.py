@@ -13,15 +13,15 @@ from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig, LlamaForC
 
 from tests.conftest import CLIP, DINOV2, SIGLIP, tiny_model
 from tests.tiny_session import tiny_session
-from tinyllava.config import ModelSpec
+from tests.tiny_vlm import build_tiny
+from tinyllava import checkpoint
 from tinyllava.errors import UserError
-from tinyllava.model import checkpoint, gguf
-from tinyllava.model.build import build
+from tinyllava.model import gguf
 
 HEADS, DIM = 4, 32
 
 
-def as_llama_cpp(weight: torch.Tensor) -> np.ndarray:
+def to_llama_cpp(weight: torch.Tensor) -> np.ndarray:
     """A query or key projection in llama.cpp's order, which rotates neighbours where transformers rotates halves."""
     return weight.view(HEADS, 2, DIM // HEADS // 2, DIM).transpose(1, 2).reshape(DIM, DIM).contiguous().numpy()
 
@@ -62,7 +62,7 @@ def gguf_file(llama: LlamaForCausalLM, tmp_path_factory: pytest.TempPathFactory)
     for layer in range(2):
         for ours, theirs in names.items():
             weight = state[f"model.layers.{layer}.{ours}.weight"]
-            array = as_llama_cpp(weight) if theirs in ("attn_q", "attn_k") else weight.numpy()
+            array = to_llama_cpp(weight) if theirs in ("attn_q", "attn_k") else weight.numpy()
             writer.add_tensor(f"blk.{layer}.{theirs}.weight", array)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -72,29 +72,29 @@ def gguf_file(llama: LlamaForCausalLM, tmp_path_factory: pytest.TempPathFactory)
 
 
 def test_an_llm_from_a_gguf_file_is_the_same_llm_and_can_be_trained(llama: LlamaForCausalLM, gguf_file: Path) -> None:
-    directory = gguf.converted(gguf_file)
+    directory = gguf.convert_gguf(gguf_file)
     ids = torch.arange(20).unsqueeze(0)
     read = AutoModelForCausalLM.from_pretrained(directory)
     torch.testing.assert_close(read(ids).logits, llama(ids).logits)
     written = (directory / "model.safetensors").stat().st_mtime_ns
-    assert gguf.converted(gguf_file) == directory and (directory / "model.safetensors").stat().st_mtime_ns == written
+    assert gguf.convert_gguf(gguf_file) == directory and (directory / "model.safetensors").stat().st_mtime_ns == written
     spec = {**tiny_model(tower=SIGLIP), "llm": str(gguf_file)}
-    model, processor, _ = build(ModelSpec.model_validate(spec))
-    assert not hasattr(model.config.text_config, "quantization_config")
-    assert processor.tokenizer("ab")["input_ids"][-1] == 259 and model.config.image_token_id >= 260
+    vlm = build_tiny(spec)
+    assert not hasattr(vlm.model.config.text_config, "quantization_config")
+    assert vlm.tokenizer("ab")["input_ids"][-1] == 259 and vlm.model.config.image_token_id >= 260
 
 
 def test_a_gguf_file_that_is_not_there_or_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match=r"GGUF file .*absent\.gguf not found"):
-        build(ModelSpec.model_validate({**tiny_model(), "llm": str(tmp_path / "absent.gguf")}))
+        build_tiny({**tiny_model(), "llm": str(tmp_path / "absent.gguf")})
     broken = tmp_path / "broken.gguf"
     broken.write_bytes(b"no GGUF at all")
     monkeypatch.setattr(gguf, "is_gguf_available", lambda: False)
-    with pytest.raises(UserError, match=r"reading broken\.gguf needs .*tinyllava-factory\[gguf\]"):
-        gguf.converted(broken)
+    with pytest.raises(UserError, match=r"reading broken\.gguf requires .*tinyllava-factory\[gguf\]"):
+        gguf.convert_gguf(broken)
     monkeypatch.undo()
     with pytest.raises(UserError, match=r"cannot read .*broken\.gguf as a GGUF model"):
-        gguf.converted(broken)
+        gguf.convert_gguf(broken)
 
 
 @pytest.mark.parametrize(
@@ -102,12 +102,12 @@ def test_a_gguf_file_that_is_not_there_or_is_none(tmp_path: Path, monkeypatch: p
 )
 def test_a_tower_out_of_a_llava_checkpoint(tower: dict, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     first = tiny_session(tower=tower)
-    checkpoint.save(first.model, first.processor, first.template, tmp_path / "first")
+    checkpoint.save(first.vlm, tmp_path / "first")
     spec = {**tiny_model(), "vision_tower": {"name": str(tmp_path / "first"), "feature_layer": -1}}
-    model, processor, _ = build(ModelSpec.model_validate(spec))
-    pairs = zip(first.model.model.vision_tower.parameters(), model.model.vision_tower.parameters(), strict=True)
+    vlm = build_tiny(spec)
+    pairs = zip(first.model.model.vision_tower.parameters(), vlm.model.model.vision_tower.parameters(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
-    assert processor.image_processor.size == first.processor.image_processor.size
+    assert vlm.processor.image_processor.size == first.processor.image_processor.size
     assert "start random" not in caplog.text
 
 
@@ -119,5 +119,5 @@ def test_weights_that_a_part_lacks_are_named(tmp_path: Path, caplog: pytest.LogC
     save_file({name: t for name, t in state.items() if name != lost}, tmp_path / "model.safetensors", {"format": "pt"})
     assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "siglip_vision_model"
     with caplog.at_level(logging.WARNING, logger="tinyllava"):
-        build(ModelSpec.model_validate({**tiny_model(), "vision_tower": str(tmp_path)}))
-    assert "lacks 1 weights, which start random" in caplog.text and "mlp.fc1.weight" in caplog.text
+        build_tiny({**tiny_model(), "vision_tower": str(tmp_path)})
+    assert "1 weights are missing in" in caplog.text and "mlp.fc1.weight" in caplog.text

@@ -12,16 +12,16 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from tests.conftest import CLIP, DINOV2, PHI, SIGLIP, tiny_model
 from tests.tiny_session import WORDS, corpus, tiny_session
+from tests.tiny_vlm import build_tiny
+from tinyllava import checkpoint
+from tinyllava.checkpoint.adapter import merge_adapter
 from tinyllava.config import ModelSpec, Recipe, Tune
-from tinyllava.data.collate import Collator, picture_inputs
+from tinyllava.data.collate import Collator, make_image_inputs
 from tinyllava.data.encode import expand
 from tinyllava.data.sample import Message, Sample
-from tinyllava.data.tiles import image_tokens
+from tinyllava.data.tiles import count_image_tokens
 from tinyllava.factory import Factory
 from tinyllava.infer import Session
-from tinyllava.model import checkpoint
-from tinyllava.model.adapter import merge
-from tinyllava.model.build import build
 from tinyllava.train import stage
 from tinyllava.train.tune import apply_tuning
 
@@ -31,12 +31,12 @@ COUNTS = [82, 16, 65, 67, 82]
 NEW = {"max_new_tokens": 8}
 
 
-def picture(number: int) -> Image.Image:
+def make_picture(number: int) -> Image.Image:
     width, height = SIZES[number]
     return Image.fromarray(np.random.default_rng(number).integers(0, 255, (height, width, 3), dtype=np.uint8))
 
 
-PICTURES = [picture(number) for number in range(len(SIZES))]
+PICTURES = [make_picture(number) for number in range(len(SIZES))]
 SAMPLES = [  # a question each, with none to three pictures anywhere in its text
     Sample([Message("user", f"<image>\n{WORDS[0]}")], PICTURES[:1]),
     Sample([Message("user", f"a <image>, {WORDS[1]} <image> or\n<image>?")], PICTURES[2:5]),
@@ -51,23 +51,23 @@ def session() -> Session:
     return tiny_session(vision_tower=TILED)
 
 
-def answered(sample: Sample) -> Sample:
+def add_answer(sample: Sample) -> Sample:
     return Sample([*sample.messages, Message("assistant", "a red cat")], sample.images)
 
 
-def item(session: Session, sample: Sample) -> dict:
+def make_item(session: Session, sample: Sample) -> dict:
     """A sample as the dataset gives it to the Collator."""
-    grids = session.processor.grids([image.size for image in sample.images])
-    encoded = session.template.encode(answered(sample), session.tokenizer)
+    grids = session.processor.choose_grids([image.size for image in sample.images])
+    encoded = session.template.encode(add_answer(sample), session.tokenizer)
     ids, labels = (np.array(encoded[name]) for name in ("input_ids", "labels"))
-    counts = image_tokens(session.processor.tokens_per_image, grids)
+    counts = count_image_tokens(session.processor.tokens_per_image, grids)
     ids, labels = expand(ids, labels, session.model.config.image_token_id, counts)
-    pictures = picture_inputs(session.processor.pixels, sample.images, grids)
+    pictures = make_image_inputs(session.processor.to_pixels, sample.images, grids)
     return {"input_ids": torch.from_numpy(ids), "labels": torch.from_numpy(labels), "index": 0, **pictures}
 
 
-def transformers_inputs(session: Session, processor, samples: list[Sample]) -> dict:
-    texts = [session.template.prompt(sample, session.tokenizer)["text"] for sample in samples]
+def make_transformers_inputs(session: Session, processor, samples: list[Sample]) -> dict:
+    texts = [session.template.encode_prompt(sample, session.tokenizer)["text"] for sample in samples]
     images = [image for sample in samples for image in sample.images]
     options = {"return_tensors": "pt", "padding": True, "padding_side": "left", "add_special_tokens": False}
     return processor(images=images or None, text=texts, **options)
@@ -75,35 +75,36 @@ def transformers_inputs(session: Session, processor, samples: list[Sample]) -> d
 
 def test_a_picture_s_tokens_are_its_views_with_the_separator_after_each_row(session: Session) -> None:
     processor, model = session.processor, session.model.model
-    grids = processor.grids(SIZES)
+    grids = processor.choose_grids(SIZES)
     assert grids == [(2, 2), (1, 1), (1, 3), (3, 1), (2, 2)]
-    made = model.get_image_features(processor.pixels(PICTURES, grids), torch.tensor(grids)).pooler_output
-    assert list(map(len, made)) == COUNTS == image_tokens(16, grids)
+    features = model.get_image_features(processor.to_pixels(PICTURES, grids), torch.tensor(grids)).pooler_output
+    assert list(map(len, features)) == COUNTS == count_image_tokens(16, grids)
     separator = model.multi_modal_projector.row_separator.weight[0]
-    for image, grid, tokens in zip(PICTURES, grids, made, strict=True):
-        alone = [processor.pixels([image], [(1, 1)]), *(_as_pixels(tile) for tile in processor.tiling.cut(image, grid))]
-        features = [model.get_image_features(view).pooler_output[0] for view in alone]
-        rows = [features[0]]
+    for image, grid, tokens in zip(PICTURES, grids, features, strict=True):
+        tiles = [_to_pixels(tile) for tile in processor.tiling.cut(image, grid)]
+        alone = [processor.to_pixels([image], [(1, 1)]), *tiles]
+        views = [model.get_image_features(view).pooler_output[0] for view in alone]
+        rows = [views[0]]
         for row in range(grid[0] if len(alone) > 1 else 0):
-            rows += [*features[1 + row * grid[1] : 1 + (row + 1) * grid[1]], separator[None]]
+            rows += [*views[1 + row * grid[1] : 1 + (row + 1) * grid[1]], separator[None]]
         torch.testing.assert_close(tokens, torch.cat(rows), rtol=1e-4, atol=1e-4)
 
 
-def _as_pixels(tile: Image.Image) -> torch.Tensor:
+def _to_pixels(tile: Image.Image) -> torch.Tensor:
     return torch.from_numpy(np.asarray(tile).copy()).permute(2, 0, 1)[None]
 
 
 def test_training_a_session_and_transformers_have_the_same_ids_and_answers(session: Session, tmp_path: Path) -> None:
-    checkpoint.save(session.model, session.processor, session.template, tmp_path)
+    checkpoint.save(session.vlm, tmp_path)
     assert json.loads((tmp_path / "tinyllava.json").read_text())["plain"] is False
     model = AutoModelForImageTextToText.from_pretrained(tmp_path).eval()
     processor = AutoProcessor.from_pretrained(tmp_path)
     for sample in SAMPLES:
-        prompt = session.prompt(sample)
-        inputs = transformers_inputs(session, processor, [sample])
+        prompt = session.make_prompt(sample)
+        inputs = make_transformers_inputs(session, processor, [sample])
         assert inputs["input_ids"][0].tolist() == prompt.ids
-        assert item(session, sample)["input_ids"][: prompt.length].tolist() == prompt.ids
-    inputs = transformers_inputs(session, processor, SAMPLES)
+        assert make_item(session, sample)["input_ids"][: prompt.length].tolist() == prompt.ids
+    inputs = make_transformers_inputs(session, processor, SAMPLES)
     assert inputs["image_grids"].tolist() == [[2, 2], [1, 3], [3, 1], [2, 2], [1, 1], [1, 3], [1, 1]]
     made = model.generate(**inputs, **NEW, do_sample=False)[:, inputs["input_ids"].shape[1] :]
     theirs = [text.strip() for text in processor.batch_decode(made, skip_special_tokens=True)]
@@ -115,7 +116,7 @@ def test_training_a_session_and_transformers_have_the_same_ids_and_answers(sessi
 
 
 def test_transformers_beams_keep_each_row_s_pictures_together(session: Session) -> None:
-    inputs = transformers_inputs(session, session.processor, SAMPLES)
+    inputs = make_transformers_inputs(session, session.processor, SAMPLES)
     together = session.model.generate(**inputs, **NEW, num_beams=2, do_sample=False)
     answers = session.processor.batch_decode(together[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     assert [text.strip() for text in answers] == session.generate(SAMPLES, num_beams=2, **NEW)
@@ -124,14 +125,14 @@ def test_transformers_beams_keep_each_row_s_pictures_together(session: Session) 
 def test_a_batch_changes_nothing(session: Session) -> None:
     alone = [session.generate([sample], **NEW)[0] for sample in SAMPLES]
     for size in (2, 3, None):
-        session.pictures.kept.clear()
+        session.images.cache.clear()
         assert session.generate(SAMPLES, batch_size=size, **NEW) == alone
     told = [session.generate([SAMPLES[0]], **NEW)[0]]
     assert [session.chat(WORDS[0], PICTURES[0], **NEW)] == told
 
 
 def test_the_loss_of_a_batch_is_that_of_its_samples(session: Session) -> None:
-    items = [item(session, sample) for sample in SAMPLES]
+    items = [make_item(session, sample) for sample in SAMPLES]
 
     def loss(chosen: list[dict]) -> torch.Tensor:
         batch = Collator(session.pad_id)(chosen)
@@ -144,7 +145,7 @@ def test_the_loss_of_a_batch_is_that_of_its_samples(session: Session) -> None:
 @pytest.mark.parametrize("shown", [[0], [1], []], ids=["tiles", "thumbnail only", "text only"])
 def test_the_separator_is_in_every_training_step(session: Session, shown: list[int]) -> None:
     sample = Sample([Message("user", "<image>" * len(shown) + "what?")], [PICTURES[number] for number in shown])
-    batch = Collator(session.pad_id)([item(session, sample)])
+    batch = Collator(session.pad_id)([make_item(session, sample)])
     batch.pop("index")
     session.model.train()
     session.model(**batch).loss.backward()
@@ -155,11 +156,11 @@ def test_the_separator_is_in_every_training_step(session: Session, shown: list[i
 
 
 def test_what_does_not_fit_together_is_refused_with_both_numbers(session: Session) -> None:
-    inputs = transformers_inputs(session, session.processor, SAMPLES[:1])
-    with pytest.raises(ValueError, match="82 image placeholders in input_ids, but 1 pictures have 65 tokens"):
-        other = transformers_inputs(session, session.processor, [Sample(SAMPLES[0].messages, PICTURES[2:3])])
+    inputs = make_transformers_inputs(session, session.processor, SAMPLES[:1])
+    with pytest.raises(ValueError, match="82 image placeholders in input_ids, but 1 images have 65 tokens"):
+        other = make_transformers_inputs(session, session.processor, [Sample(SAMPLES[0].messages, PICTURES[2:3])])
         session.model(**{**inputs, "pixel_values": other["pixel_values"], "image_grids": other["image_grids"]})
-    with pytest.raises(ValueError, match="4 views in pixel_values, but the 1 grids ask for 5"):
+    with pytest.raises(ValueError, match="4 views in pixel_values, but the 1 grids need 5"):
         session.model(**{**inputs, "pixel_values": inputs["pixel_values"][1:]})
 
 
@@ -178,7 +179,7 @@ def test_the_separator_is_trained_and_saved_with_the_connector(tune: dict, tmp_p
     before = model.state_dict()[name].clone()
     apply_tuning(model, Tune.model_validate(tune), seed=0)
     assert model.get_parameter(name).requires_grad == (tune.get("connector") != "frozen")
-    batch = Collator(tiny.pad_id)([item(tiny, sample) for sample in SAMPLES])
+    batch = Collator(tiny.pad_id)([make_item(tiny, sample) for sample in SAMPLES])
     batch.pop("index")
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     losses = []
@@ -189,13 +190,14 @@ def test_the_separator_is_trained_and_saved_with_the_connector(tune: dict, tmp_p
         optimizer.zero_grad()
         losses.append(loss.item())
     assert losses[-1] < losses[0] and torch.equal(before, model.state_dict()[name]) == ("frozen" in tune.values())
-    checkpoint.save(model.eval(), tiny.processor, tiny.template, tmp_path)
-    loaded, processor, *_ = checkpoint.load(tmp_path)
-    assert processor.tiling == tiny.processor.tiling
+    model.eval()
+    checkpoint.save(tiny.vlm, tmp_path)
+    loaded = checkpoint.load(tmp_path)
+    assert loaded.processor.tiling == tiny.processor.tiling
     wanted = model(**batch).loss
-    torch.testing.assert_close(loaded(**batch).loss, wanted, rtol=0, atol=0)
+    torch.testing.assert_close(loaded.model(**batch).loss, wanted, rtol=0, atol=0)
     if "lora" in str(tune):
-        torch.testing.assert_close(merge(loaded)(**batch).loss, wanted, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(merge_adapter(loaded.model)(**batch).loss, wanted, rtol=1e-4, atol=1e-4)
 
 
 QUERIES = {"num_queries": 3, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -205,40 +207,39 @@ MOF = {"model_type": "mof", "first": CLIP, "second": DINOV2}
 
 
 @pytest.mark.parametrize(
-    "tower,connector", [*((WIDTH, name) for name in Factory("connectors").names()), (DINOV2, "mlp"), (MOF, "mof_mlp")]
+    "tower,connector",
+    [*((WIDTH, name) for name in Factory("connectors").list_names()), (DINOV2, "mlp"), (MOF, "mof_mlp")],
 )
 def test_every_connector_and_tower_takes_views(tower: dict, connector: str) -> None:
     spec = tiny_model(vision_tower={"config": tower, "tiles": 3}, connector={connector: OPTIONS.get(connector, {})})
-    model, processor, _ = build(ModelSpec.model_validate(spec), corpus)
-    grids = [(1, 3), (1, 1)]
-    made = model.model.get_image_features(processor.pixels(PICTURES[:2], grids), torch.tensor(grids)).pooler_output
-    assert list(map(len, made)) == image_tokens(processor.tokens_per_image, grids)
+    vlm, grids = build_tiny(spec, corpus()), [(1, 3), (1, 1)]
+    pixels = vlm.processor.to_pixels(PICTURES[:2], grids)
+    tokens = vlm.model.model.get_image_features(pixels, torch.tensor(grids)).pooler_output
+    assert list(map(len, tokens)) == count_image_tokens(vlm.processor.tokens_per_image, grids)
 
 
 def test_without_tiles_nothing_is_different(tmp_path: Path) -> None:
-    plain, tiled = (
-        build(ModelSpec.model_validate(tiny_model(vision_tower=tower)), corpus) for tower in ({"config": SIGLIP}, TILED)
-    )
-    for name, tensor in plain[0].state_dict().items():
-        assert torch.equal(tensor, tiled[0].state_dict()[name]) or "projector" in name
+    plain, tiled = (build_tiny(tiny_model(vision_tower=tower), corpus()) for tower in ({"config": SIGLIP}, TILED))
+    for name, tensor in plain.model.state_dict().items():
+        assert torch.equal(tensor, tiled.model.state_dict()[name]) or "projector" in name
     small = PICTURES[1:2]
-    assert torch.equal(plain[1].pixels(small), tiled[1].pixels(small, [(1, 1)]))
-    checkpoint.save(*plain, tmp_path)
+    assert torch.equal(plain.processor.to_pixels(small), tiled.processor.to_pixels(small, [(1, 1)]))
+    checkpoint.save(plain, tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["model_type"] == "llava" and "tiles" not in config
-    inputs = plain[1](images=PICTURES[:1], text="<image>", return_tensors="pt")
+    inputs = plain.processor(images=PICTURES[:1], text="<image>", return_tensors="pt")
     assert "image_grids" not in inputs and inputs["pixel_values"].shape == (1, 3, 32, 32)
 
 
 @pytest.mark.parametrize("aspect", ["square", "pad", "crop"])
 def test_the_thumbnail_is_the_one_view_that_there_is_without_tiles(aspect: str) -> None:
     plain, tiled = (
-        build(ModelSpec.model_validate(tiny_model(vision_tower={**tower, "image_aspect": aspect})), corpus)[1]
+        build_tiny(tiny_model(vision_tower={**tower, "image_aspect": aspect}), corpus()).processor
         for tower in ({"config": SIGLIP}, TILED)
     )
-    views = tiled.pixels(PICTURES[2:3], [(1, 3)])
-    assert torch.equal(views[:1], plain.pixels(PICTURES[2:3]))
-    assert torch.equal(views[1:], torch.cat([_as_pixels(tile) for tile in tiled.tiling.cut(PICTURES[2], (1, 3))]))
+    views = tiled.to_pixels(PICTURES[2:3], [(1, 3)])
+    assert torch.equal(views[:1], plain.to_pixels(PICTURES[2:3]))
+    assert torch.equal(views[1:], torch.cat([_to_pixels(tile) for tile in tiled.tiling.cut(PICTURES[2], (1, 3))]))
 
 
 def test_one_tile_is_no_choice() -> None:
@@ -266,7 +267,7 @@ def photos(tmp_path: Path) -> Path:
     return folder
 
 
-def recipe(photos: Path, **trainer: object) -> Recipe:
+def make_recipe(photos: Path, **trainer: object) -> Recipe:
     trainer = {
         "learning_rate": 3e-3,
         "logging_steps": 1,
@@ -284,24 +285,24 @@ def recipe(photos: Path, **trainer: object) -> Recipe:
 
 
 def test_a_run_with_tiles_trains_resumes_and_answers(photos: Path, tmp_path: Path) -> None:
-    final = stage.run(recipe(photos, eval_strategy="steps"), "tiny", tmp_path / "a")
+    final = stage.run(make_recipe(photos, eval_strategy="steps"), "tiny", tmp_path / "a")
     shutil.copytree(tmp_path / "a", tmp_path / "b")
     again = tmp_path / "b" / "finetune" / "final"
     for lost in (again, again.with_name("checkpoint-6")):  # as if killed after its third step
         shutil.rmtree(lost)
-    assert stage.run(recipe(photos, eval_strategy="steps"), "tiny", tmp_path / "b") == again
+    assert stage.run(make_recipe(photos, eval_strategy="steps"), "tiny", tmp_path / "b") == again
     metrics = [
         (run / "finetune" / "metrics.jsonl").read_text().splitlines() for run in (tmp_path / "a", tmp_path / "b")
     ]
     first, second = ([json.loads(line) for line in lines] for lines in metrics)
     assert [line.get("loss") for line in first] == [line.get("loss") for line in second]
     assert [line["eval_loss"] for line in first if "eval_loss" in line]
-    weights = [checkpoint.load(path)[0].state_dict() for path in (final, again)]
+    weights = [checkpoint.load(path).model.state_dict() for path in (final, again)]
     for name, tensor in weights[0].items():
         assert torch.equal(tensor, weights[1][name]), name
     separator = "model.multi_modal_projector.row_separator.weight"
-    start = checkpoint.load(tmp_path / "a" / "pretrain" / "final")[0].state_dict()[separator]
+    start = checkpoint.load(tmp_path / "a" / "pretrain" / "final").model.state_dict()[separator]
     assert not torch.equal(start, weights[0][separator])
     trained = Session.load(final, device="cpu")
     (answer,) = trained.generate([Sample([Message("user", "<image>\nWhat is it?")], [str(photos / "1.png")])], **NEW)
-    assert isinstance(answer, str) and trained.prompt(SAMPLES[1]).length > 65 + 67 + 82
+    assert isinstance(answer, str) and trained.make_prompt(SAMPLES[1]).length > 65 + 67 + 82

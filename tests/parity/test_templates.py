@@ -71,6 +71,6 @@ def test_prompts(case):
     # The pretrain format of the original leaves the question out of its prompt, so any will do there.
     question = case["prompt"].partition("USER: ")[2].removesuffix(" ASSISTANT:") or "<image>\nWhat is this?"
     sample = Sample.from_llava({"conversations": [{"from": "human", "value": question}]})
-    prompt = Template.load(case["template"], compat=True).prompt(sample, tokenizer)
+    prompt = Template.load(case["template"], compat=True).encode_prompt(sample, tokenizer)
     assert prompt["text"] == case["prompt"]
     assert with_placeholders(prompt["input_ids"], tokenizer) == case["input_ids"]

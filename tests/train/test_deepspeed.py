@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.train.test_stage import ROOT, losses, weights
+from tests.train.test_stage import ROOT, load_weights, read_losses
 from tests.train.tiny_run import recipe
-from tinyllava.model import checkpoint
-from tinyllava.model.adapter import has_adapter
+from tinyllava import checkpoint
+from tinyllava.checkpoint.adapter import has_adapter
 from tinyllava.train import stage
 
 pytest.importorskip("deepspeed")
@@ -43,9 +43,9 @@ def test_two_sharded_processes_run_the_same_steps_as_one(
     shards = list((tmp_path / "two" / "finetune").glob("checkpoint-*/global_step*/*_optim_states.pt"))
     assert len(shards) >= 2  # it was DeepSpeed, on two ranks
     one = stage.run(recipe(pictures, tune, **trainer), "tiny", tmp_path / "one")
-    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
-    ours, theirs = weights(one), weights(tmp_path / "two" / "finetune" / "final")
+    assert read_losses(tmp_path / "two") == pytest.approx(read_losses(tmp_path / "one"), rel=1e-4)
+    ours, theirs = load_weights(one), load_weights(tmp_path / "two" / "finetune" / "final")
     for name, tensor in ours.items():
         torch.testing.assert_close(theirs[name], tensor, atol=1e-4, rtol=1e-3, msg=name)
-    middle, *_ = checkpoint.load(tmp_path / "two" / "finetune" / "checkpoint-2")
-    assert has_adapter(middle) == (tune is DORA)
+    middle = checkpoint.load(tmp_path / "two" / "finetune" / "checkpoint-2")
+    assert has_adapter(middle.model) == (tune is DORA)

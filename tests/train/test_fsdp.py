@@ -11,11 +11,12 @@ import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 
-from tests.model.test_checkpoint import LORA, made
-from tests.train.test_stage import ROOT, losses, weights
+from tests.checkpoint.test_checkpoint import LORA
+from tests.tiny_vlm import build_moved_vlm
+from tests.train.test_stage import ROOT, load_weights, read_losses
 from tests.train.tiny_run import recipe
-from tinyllava.model import checkpoint
-from tinyllava.model.modeling import sharded
+from tinyllava import checkpoint
+from tinyllava.model.modeling import is_sharded
 from tinyllava.train import stage
 
 
@@ -30,8 +31,8 @@ def test_two_sharded_processes_run_the_same_steps_as_one(pictures: Path, tmp_pat
     assert done.returncode == 0, done.stderr[-3000:]
     assert list((tmp_path / "two" / "finetune" / "checkpoint-2").glob("*fsdp*"))  # it was FSDP
     one = stage.run(recipe(pictures, tune, **trainer), "tiny", tmp_path / "one")
-    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
-    ours, theirs = weights(one), weights(tmp_path / "two" / "finetune" / "final")
+    assert read_losses(tmp_path / "two") == pytest.approx(read_losses(tmp_path / "one"), rel=1e-4)
+    ours, theirs = load_weights(one), load_weights(tmp_path / "two" / "finetune" / "final")
     for name, tensor in ours.items():
         torch.testing.assert_close(theirs[name], tensor, atol=1e-4, rtol=1e-3, msg=name)
 
@@ -46,15 +47,16 @@ def group() -> Iterator[None]:
 
 @pytest.mark.parametrize("tune", [None, LORA], ids=["full", "lora"])
 def test_shards_are_restored(tune: dict | None, tmp_path: Path, group: None) -> None:
-    model, processor, template = made(tune)
+    vlm = build_moved_vlm(tune)
+    model = vlm.model
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    checkpoint.save(model, processor, template, tmp_path)
-    assert not sharded(model)
+    checkpoint.save(vlm, tmp_path)
+    assert not is_sharded(model)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()
     fully_shard(model)
-    assert sharded(model)
+    assert is_sharded(model)
     checkpoint.restore(model, tmp_path)
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.full_tensor(), before[name], rtol=0, atol=0, msg=name)

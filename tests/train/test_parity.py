@@ -104,15 +104,15 @@ def test_a_recipe_trains_what_the_original_trains(stage: str, tmp_path: Path, mo
     data = tmp_path / "data.json"
     data.write_text(json.dumps([records[index] for index in used]))
     run = recipe(stage, expected, data)
-    setup = stages.prepare(run, stage, output=tmp_path)
+    setup = stages.prepare_stage(run, stage, output=tmp_path)
     trained = load_file(DATA / "pretrain" / "connector_final.safetensors")
     original = torch.load(DATA / "init" / "connector" / "pytorch_model.bin", weights_only=True)
     put(
-        setup.model,
+        setup.vlm.model,
         {f"connector.{name}": tensor for name, tensor in original.items()} if stage == "pretrain" else trained,
     )
     if stage == "lora":
-        put(setup.model, load_file(DATA / "lora" / "lora_initial.safetensors"))
+        put(setup.vlm.model, load_file(DATA / "lora" / "lora_initial.safetensors"))
     trainer = stages.make_trainer(
         setup, stage, tmp_path, RunRecord(tmp_path, run, stage), order=[used.index(index) for index in order]
     )
@@ -133,4 +133,4 @@ def test_a_recipe_trains_what_the_original_trains(stage: str, tmp_path: Path, mo
     finals = {"lora": ("connector_final", "lora_final"), "finetune": ("connector_final", "language_model_final")}
     for name in finals.get(stage, ("connector_final",)):
         tolerance = 1e-4 if name == "lora_final" else 5e-5
-        assert difference(setup.model, load_file(DATA / stage / f"{name}.safetensors")) < tolerance, name
+        assert difference(setup.vlm.model, load_file(DATA / stage / f"{name}.safetensors")) < tolerance, name

@@ -4,37 +4,39 @@ import numpy as np
 import pytest
 
 from tinyllava.errors import UserError
-from tinyllava.train.plan import Plan
+from tinyllava.train.plan import Entry, Plan
 
 LENGTHS = np.random.default_rng(0).integers(20, 400, 203)
 
 
-def real(batches) -> list[int]:
-    return [index for batch in batches for index in batch if index >= 0]
+def list_samples(batches: list[list[Entry]]) -> list[int]:
+    return [entry.sample for batch in batches for entry in batch if not entry.is_filler]
 
 
 @pytest.mark.parametrize("world,micro", [(1, 32), (1, 4), (2, 8), (4, 2), (8, 4)])
 def test_every_sample_once_an_epoch_whatever_runs_it(world: int, micro: int) -> None:
     plan = Plan(LENGTHS, 32, micro, world, seed=1)
-    ranks = [list(plan.epoch(0, rank)) for rank in range(world)]
-    assert sorted(index for batches in ranks for index in real(batches)) == list(range(len(LENGTHS)))
-    assert {len(batches) for batches in ranks} == {plan.batches_per_epoch()}
+    ranks = [list(plan.iterate_epoch(0, rank)) for rank in range(world)]
+    assert sorted(index for batches in ranks for index in list_samples(batches)) == list(range(len(LENGTHS)))
+    assert {len(batches) for batches in ranks} == {plan.batches_per_epoch}
     assert all(0 < len(batch) <= micro for batches in ranks for batch in batches)
 
 
 def test_a_step_holds_the_same_samples_whatever_runs_it() -> None:
     one, eight = Plan(LENGTHS, 32, 32, 1, seed=1), Plan(LENGTHS, 32, 2, 8, seed=1)
     for step in range(one.steps_per_epoch):
-        np.testing.assert_array_equal(one.step(0, step), eight.step(0, step))
-        shares = eight.micro_batches(eight.step(0, step))
-        assert sorted(index for rank in shares for index in real(rank)) == sorted(one.step(0, step).tolist())
+        np.testing.assert_array_equal(one.get_step(0, step), eight.get_step(0, step))
+        shares = eight.split_step(eight.get_step(0, step))
+        assert sorted(sample for rank in shares for sample in list_samples(rank)) == sorted(
+            one.get_step(0, step).tolist()
+        )
 
 
 def test_epochs_differ_and_repeat_with_the_seed() -> None:
     plan = Plan(LENGTHS, 32, 8, seed=1)
-    assert list(plan.epoch(0)) != list(plan.epoch(1))
-    assert list(plan.epoch(1)) == list(Plan(LENGTHS, 32, 8, seed=1).epoch(1))
-    assert list(plan.epoch(0)) != list(Plan(LENGTHS, 32, 8, seed=2).epoch(0))
+    assert list(plan.iterate_epoch(0)) != list(plan.iterate_epoch(1))
+    assert list(plan.iterate_epoch(1)) == list(Plan(LENGTHS, 32, 8, seed=1).iterate_epoch(1))
+    assert list(plan.iterate_epoch(0)) != list(Plan(LENGTHS, 32, 8, seed=2).iterate_epoch(0))
 
 
 def padding_of_random_batches(size: int) -> float:
@@ -45,35 +47,36 @@ def padding_of_random_batches(size: int) -> float:
 
 def test_similar_lengths_share_a_micro_batch() -> None:
     plan = Plan(LENGTHS, 64, 8, seed=0)
-    assert plan.padding() < padding_of_random_batches(8) / 3
+    assert plan.measure_padding() < padding_of_random_batches(8) / 3
 
 
 def test_small_steps_trade_samples_of_similar_length() -> None:
     plan = Plan(LENGTHS, 16, 16, seed=0)
-    assert sorted(plan.permutation(0)) == list(range(len(LENGTHS)))
-    assert plan.padding() < padding_of_random_batches(16) / 3
-    means = [LENGTHS[plan.step(0, step)].mean() for step in range(plan.steps_per_epoch)]
+    assert sorted(plan.shuffle(0)) == list(range(len(LENGTHS)))
+    assert plan.measure_padding() < padding_of_random_batches(16) / 3
+    means = [LENGTHS[plan.get_step(0, step)].mean() for step in range(plan.steps_per_epoch)]
     assert means != sorted(means)  # but steps do not come in order of length
 
 
 def test_ranks_carry_about_the_same_cost() -> None:
     plan = Plan(LENGTHS, 64, 4, 4, seed=0)
-    cost = [sum(len(b) * LENGTHS[b].max() for b in rank) for rank in plan.micro_batches(plan.step(0, 0))]
+    shares = plan.split_step(plan.get_step(0, 0))
+    cost = [sum(len(batch) * LENGTHS[list_samples([batch])].max() for batch in rank) for rank in shares]
     assert max(cost) < 1.1 * min(cost)
 
 
 def test_a_small_last_step_gives_every_rank_something_to_run() -> None:
     plan = Plan([10] * 33, 32, 4, 4, seed=0)
-    shares = plan.micro_batches(plan.step(0, 1))
+    shares = plan.split_step(plan.get_step(0, 1))
     assert [len(rank) for rank in shares] == [1, 1, 1, 1]
-    flat = [index for rank in shares for batch in rank for index in batch]
-    assert sum(index >= 0 for index in flat) == 1 and {~index for index in flat if index < 0} == {
-        int(plan.step(0, 1)[0])
-    }
+    entries = [entry for rank in shares for batch in rank for entry in batch]
+    assert sum(not entry.is_filler for entry in entries) == 1
+    assert {entry.sample for entry in entries if entry.is_filler} == {int(plan.get_step(0, 1)[0])}
 
 
 def test_an_order_that_is_given_is_kept() -> None:
-    assert list(Plan([5] * 6, 2, 2, order=[3, 1, 5, 0, 2, 4]).epoch(0)) == [[3, 1], [5, 0], [4, 2]]
+    batches = Plan([5] * 6, 2, 2, order=[3, 1, 5, 0, 2, 4]).iterate_epoch(0)
+    assert [list_samples([batch]) for batch in batches] == [[3, 1], [5, 0], [4, 2]]
 
 
 def test_a_batch_that_cannot_be_shared_is_refused() -> None:

@@ -13,9 +13,9 @@ import torch
 
 from tests.conftest import CLIP, DINOV2, PHI, tiny_model
 from tests.train.tiny_run import recipe
+from tinyllava import checkpoint
+from tinyllava.checkpoint.adapter import has_adapter
 from tinyllava.errors import UserError
-from tinyllava.model import checkpoint
-from tinyllava.model.adapter import has_adapter
 from tinyllava.train import stage
 from tinyllava.train.record import RunRecord
 
@@ -24,14 +24,13 @@ LORA = {"lora": {"r": 4, "alpha": 8}}
 PARTIAL = {"partial": {"last": 1}}
 
 
-def losses(run: Path, name: str = "finetune") -> dict[int, float]:
+def read_losses(run: Path, name: str = "finetune") -> dict[int, float]:
     lines = [json.loads(line) for line in (run / name / "metrics.jsonl").read_text().splitlines()]
     return {line["step"]: line["loss"] for line in lines if "loss" in line}
 
 
-def weights(directory: Path) -> dict[str, torch.Tensor]:
-    model, *_ = checkpoint.load(directory)
-    return model.state_dict()
+def load_weights(directory: Path) -> dict[str, torch.Tensor]:
+    return checkpoint.load(directory).model.state_dict()
 
 
 def test_both_stages_train_and_leave_everything(pictures: Path, tmp_path: Path) -> None:
@@ -40,12 +39,12 @@ def test_both_stages_train_and_leave_everything(pictures: Path, tmp_path: Path) 
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     assert record["stages"]["finetune"]["finished"] and record["versions"]["torch"]
     assert record["stages"]["finetune"]["data"][0]["fingerprint"]
-    curve = losses(tmp_path / "run")
+    curve = read_losses(tmp_path / "run")
     assert len(curve) == 9 and curve[9] < curve[1]
     for name in ("pretrain", "finetune"):
         assert (tmp_path / "run" / name / "curve.png").stat().st_size > 1000
     assert "num_train_epochs: 3" in (tmp_path / "run" / "recipe.yaml").read_text()
-    before, after = weights(tmp_path / "run" / "pretrain" / "final"), weights(final)
+    before, after = load_weights(tmp_path / "run" / "pretrain" / "final"), load_weights(final)
     assert not torch.equal(
         before["model.multi_modal_projector.linear_1.weight"], after["model.multi_modal_projector.linear_1.weight"]
     )
@@ -54,6 +53,17 @@ def test_both_stages_train_and_leave_everything(pictures: Path, tmp_path: Path) 
     stamp = (final / "tinyllava.json").stat().st_mtime_ns
     assert stage.run(recipe(pictures), "tiny", tmp_path / "run") == final
     assert (final / "tinyllava.json").stat().st_mtime_ns == stamp  # nothing was done again
+
+
+def test_validation_data_cannot_stream(pictures: Path) -> None:
+    streamed = recipe(pictures)
+    finetune = streamed.stages["finetune"]
+    finetune.data[0].streaming = True  # a share of it is held out
+    with pytest.raises(UserError, match="validation data cannot stream"):
+        stage.prepare_stage(streamed, "finetune", empty=True)
+    finetune.validation, finetune.data = finetune.data, recipe(pictures).stages["finetune"].data
+    with pytest.raises(UserError, match="validation data cannot stream"):
+        stage.prepare_stage(streamed, "finetune", empty=True)
 
 
 def test_a_directory_with_another_run_is_refused(pictures: Path, tmp_path: Path) -> None:
@@ -74,17 +84,17 @@ def test_a_killed_run_ends_as_an_undisturbed_one(tuning: str, pictures: Path, tm
     assert (tmp_path / "k" / "finetune" / "checkpoint-4").is_dir()
     resumed = stage.run(recipe(pictures, tune), "tiny", tmp_path / "k")
     whole = stage.run(recipe(pictures, tune), "tiny", tmp_path / "w")
-    assert losses(tmp_path / "k") == losses(tmp_path / "w")
-    for name, tensor in weights(whole).items():
-        torch.testing.assert_close(weights(resumed)[name], tensor, rtol=0, atol=0)
+    assert read_losses(tmp_path / "k") == read_losses(tmp_path / "w")
+    for name, tensor in load_weights(whole).items():
+        torch.testing.assert_close(load_weights(resumed)[name], tensor, rtol=0, atol=0)
 
 
 def test_a_checkpoint_in_the_middle_is_complete(pictures: Path, tmp_path: Path) -> None:
     stage.run(recipe(pictures, {"llm": LORA}), "tiny", tmp_path)
     middle = tmp_path / "finetune" / "checkpoint-8"
-    model, processor, _, record = checkpoint.load(middle)
-    assert has_adapter(model) and record["run"]["step"] == 8 and processor.tokens_per_image == 16
-    start, end = weights(tmp_path / "pretrain" / "final"), model.state_dict()
+    vlm = checkpoint.load(middle)
+    assert has_adapter(vlm.model) and vlm.record["run"]["step"] == 8 and vlm.processor.tokens_per_image == 16
+    start, end = load_weights(tmp_path / "pretrain" / "final"), vlm.model.state_dict()
     name = "model.multi_modal_projector.linear_1.weight"
     assert not torch.equal(start[name], end[name])  # the trained connector, not the one the stage began with
     for file in ("language_model.safetensors", "vision_tower.safetensors"):  # under the adapter nothing changed
@@ -111,18 +121,18 @@ def test_checkpointed_gradients_are_the_same_in_every_mix(
     for checkpointing in (False, True):
         model = tiny_model(llm=PHI, tower=tower)
         run = recipe(pictures, tune, model, ("finetune",), gradient_checkpointing=checkpointing)
-        setup = stage.prepare(run, "finetune", output=tmp_path)
+        setup = stage.prepare_stage(run, "finetune", output=tmp_path)
         trainer = stage.make_trainer(setup, "finetune", tmp_path, RunRecord(tmp_path / str(checkpointing), run, "tiny"))
         if checkpointing:
-            setup.model.gradient_checkpointing_enable()
-        for name, parameter in setup.model.named_parameters():  # B starts at zero, where A would get no gradient
+            setup.vlm.model.gradient_checkpointing_enable()
+        for name, parameter in setup.vlm.model.named_parameters():  # B starts at zero, where A would get no gradient
             if "lora_B" in name:
                 torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(0))
-        setup.model.train()
+        setup.vlm.model.train()
         batch = trainer.data_collator([setup.dataset[index] for index in range(4)])
         batch.pop("index")
-        setup.model(**batch).loss.backward()
-        gradients.append({name: p.grad for name, p in setup.model.named_parameters() if p.requires_grad})
+        setup.vlm.model(**batch).loss.backward()
+        gradients.append({name: p.grad for name, p in setup.vlm.model.named_parameters() if p.requires_grad})
     plain, recomputed = gradients
     assert plain.keys() == recomputed.keys()
     for name, gradient in plain.items():
@@ -138,7 +148,7 @@ def test_how_a_step_is_run_does_not_change_it(pictures: Path, tmp_path: Path) ->
     for micro in (8, 2, 1):
         run = recipe(pictures, stages=("finetune",), per_device_train_batch_size=micro, num_train_epochs=1)
         stage.run(run, "tiny", tmp_path / str(micro))
-        curves.append(losses(tmp_path / str(micro)))
+        curves.append(read_losses(tmp_path / str(micro)))
     for other in curves[1:]:
         assert other == pytest.approx(curves[0], rel=1e-5)
 
@@ -149,28 +159,31 @@ def test_two_processes_run_the_same_steps_as_one(pictures: Path, tmp_path: Path)
     done = subprocess.run(two, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     stage.run(recipe(pictures), "tiny", tmp_path / "one")
-    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
-    ours, theirs = weights(tmp_path / "one" / "finetune" / "final"), weights(tmp_path / "two" / "finetune" / "final")
+    assert read_losses(tmp_path / "two") == pytest.approx(read_losses(tmp_path / "one"), rel=1e-4)
+    ours, theirs = (
+        load_weights(tmp_path / "one" / "finetune" / "final"),
+        load_weights(tmp_path / "two" / "finetune" / "final"),
+    )
     for name, tensor in ours.items():
         torch.testing.assert_close(theirs[name], tensor, atol=1e-4, rtol=1e-3, msg=name)
 
 
 def test_a_batch_without_images_gives_the_connector_a_gradient_of_zero(pictures: Path, tmp_path: Path) -> None:
-    setup = stage.prepare(recipe(pictures, {"llm": "full", "vision_tower": "full"}), "finetune", output=tmp_path)
-    setup.model.train()
+    setup = stage.prepare_stage(recipe(pictures, {"llm": "full", "vision_tower": "full"}), "finetune", output=tmp_path)
+    setup.vlm.model.train()
     text = [index for index in range(len(setup.dataset)) if setup.dataset[index]["pixel_values"] is None]
     item = setup.dataset[text[0]]
-    setup.model(input_ids=item["input_ids"][None], labels=item["labels"][None]).loss.backward()
-    for name, parameter in setup.model.named_parameters():
+    setup.vlm.model(input_ids=item["input_ids"][None], labels=item["labels"][None]).loss.backward()
+    for name, parameter in setup.vlm.model.named_parameters():
         if parameter.requires_grad and "language_model" not in name and "lm_head" not in name:
             assert parameter.grad is not None and not parameter.grad.any(), name
 
 
 def test_a_loss_that_is_no_number_stops_with_step_and_samples(pictures: Path, tmp_path: Path) -> None:
     run = recipe(pictures, stages=("finetune",))
-    setup = stage.prepare(run, "finetune", output=tmp_path)
+    setup = stage.prepare_stage(run, "finetune", output=tmp_path)
     with torch.no_grad():
-        setup.model.model.multi_modal_projector.linear_1.weight.fill_(float("nan"))
+        setup.vlm.model.model.multi_modal_projector.linear_1.weight.fill_(float("nan"))
     trainer = stage.make_trainer(setup, "finetune", tmp_path, RunRecord(tmp_path, run, "tiny"))
     with pytest.raises(UserError, match=r"loss of step 1 is nan \(samples i\d+"):
         trainer.train()
@@ -178,7 +191,7 @@ def test_a_loss_that_is_no_number_stops_with_step_and_samples(pictures: Path, tm
 
 def test_nothing_supervised_stops(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = recipe(pictures, stages=("finetune",))
-    setup = stage.prepare(run, "finetune", output=tmp_path)
+    setup = stage.prepare_stage(run, "finetune", output=tmp_path)
     cls = type(setup.dataset)
     original = cls.__getitem__
     monkeypatch.setattr(

@@ -29,8 +29,8 @@ def test_every_command_names_a_recipe_and_keys_that_exist(tmp_path: Path, monkey
 def test_the_table_has_every_tuning_and_its_options_are_real(tmp_path: Path) -> None:
     rows = re.findall(r"^\| `(.*?)` \|", PAGE, flags=re.M)
     names = {re.match(r"\{?(\w+)", row)[1] for row in rows}
-    assert names == set(Factory("tuning").names())
+    assert names == set(Factory("tuning").list_names())
     for row in rows:
         load_recipe("quickstart", [f"stages.finetune.tune.llm={row}"])
-    pattern = re.search(r"such as\n`(\".*?\")`", PAGE)[1]
+    pattern = re.search(r"such as\s+`(\".*?\")`", PAGE)[1]
     load_recipe("quickstart", [f"stages.finetune.tune.llm={{lora: {{targets: {pattern}}}}}"])

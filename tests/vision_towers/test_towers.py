@@ -18,12 +18,13 @@ from transformers import (
 
 from tests.conftest import CLIP, DINOV2, DINOV2_REGISTERS, DINOV3, SIGLIP, tiny_model
 from tests.tiny_session import corpus
-from tinyllava.config import ModelSpec, Tune
+from tests.tiny_vlm import build_tiny
+from tinyllava import checkpoint
+from tinyllava.config import Tune
 from tinyllava.errors import UserError
-from tinyllava.model import checkpoint
-from tinyllava.model.build import build
-from tinyllava.model.tower import find_blocks
-from tinyllava.train.tune import apply_tuning, part_of
+from tinyllava.model.modules import find_blocks
+from tinyllava.model.vlm import VLM
+from tinyllava.train.tune import apply_tuning, get_tunable_part
 
 TOWERS = {tower["model_type"]: tower for tower in (CLIP, SIGLIP, DINOV2, DINOV2_REGISTERS, DINOV3)}
 PREFIX = dict(zip(TOWERS, (1, 0, 1, 5, 5), strict=True))
@@ -31,21 +32,22 @@ MOF = {"model_type": "mof", "first": CLIP, "second": {**DINOV3, "num_hidden_laye
 LAYERS = [-1, -2, 0, 1, [-2, 0, 3], [-2, 0]]
 
 
-def made(tower: dict | str, layer: int | list[int] = -2, strategy: str = "patch", **parts: object):
+def build_with(tower: dict | str, layer: int | list[int] = -2, strategy: str = "patch", **parts: object) -> VLM:
     spec = tiny_model(**parts)
     spec["vision_tower"] = {
         **({"name": tower} if isinstance(tower, str) else {"config": tower}),
         "feature_layer": layer,
         "feature_strategy": strategy,
     }
-    return build(ModelSpec.model_validate(spec), corpus)
+    return build_tiny(spec, corpus())
 
 
 @pytest.mark.parametrize("strategy", ["patch", "cls_patch"])
 @pytest.mark.parametrize("layer", LAYERS, ids=str)
 @pytest.mark.parametrize("name", TOWERS)
 def test_features_are_the_towers_own_hidden_states(name: str, layer: int | list[int], strategy: str) -> None:
-    model, processor, _ = made(TOWERS[name], layer, strategy)
+    vlm = build_with(TOWERS[name], layer, strategy)
+    model, processor = vlm.model, vlm.processor
     side = model.config.image_size
     pixels = torch.randn(2, 3, side, side)
     tower = model.model.vision_tower.eval()
@@ -57,7 +59,7 @@ def test_features_are_the_towers_own_hidden_states(name: str, layer: int | list[
     assert wanted.shape[1] == model.config.num_patches == (side // 8) ** 2 + PREFIX[name] - first
     for trained in (False, True):  # a frozen tower stops early
         model.requires_grad_(trained)
-        torch.testing.assert_close(model.model.tower_features(pixels), wanted, rtol=0, atol=0)
+        torch.testing.assert_close(model.model.compute_tower_features(pixels), wanted, rtol=0, atol=0)
     assert processor.tokens_per_image == model.config.num_patches
 
 
@@ -65,15 +67,16 @@ def test_features_are_the_towers_own_hidden_states(name: str, layer: int | list[
 @pytest.mark.parametrize("name", TOWERS)
 def test_a_checkpoint_keeps_layers_and_strategy(name: str, strategy: str, layer, tmp_path: Path) -> None:
     """Plain llava where one leading token is dropped, or none."""
-    model, processor, template = made(TOWERS[name], layer, strategy)
-    checkpoint.save(model.eval(), processor, template, tmp_path)
+    vlm = build_with(TOWERS[name], layer, strategy)
+    model, processor = vlm.model.eval(), vlm.processor
+    checkpoint.save(vlm, tmp_path)
     plain = json.loads((tmp_path / checkpoint.RECORD).read_text())["plain"]
     assert plain == (strategy == "cls_patch" or PREFIX[name] <= 1)
     pixels = torch.randn(1, 3, model.config.image_size, model.config.image_size)
     inputs = processor.tokenizer("<image>" * processor.tokens_per_image + " What?", return_tensors="pt")
     with torch.no_grad():
         wanted = model(**inputs, pixel_values=pixels).logits
-        loaded, *_ = checkpoint.load(tmp_path)
+        loaded = checkpoint.load(tmp_path).model
         torch.testing.assert_close(loaded(**inputs, pixel_values=pixels).logits, wanted, rtol=0, atol=0)
         if plain:
             theirs = LlavaForConditionalGeneration.from_pretrained(tmp_path).eval()
@@ -83,29 +86,29 @@ def test_a_checkpoint_keeps_layers_and_strategy(name: str, strategy: str, layer,
 @pytest.mark.parametrize("name", TOWERS)
 def test_only_what_the_features_depend_on_is_trained(name: str) -> None:
     for layer, top in ((-2, 1), (-3, 0), (0, None)):
-        model, *_ = made(TOWERS[name], layer)
-        part = part_of(model, "vision_tower")
+        model = build_with(TOWERS[name], layer).model
+        part = get_tunable_part(model, "vision_tower")
         assert len(part.blocks) == 3
-        used = [number for number, block in enumerate(part.blocks) if part.used(block)]
+        used = [number for number, block in enumerate(part.blocks) if part.is_used(block)]
         assert used == ([] if top is None else list(range(top + 1)))
         pixels = torch.randn(1, 3, model.config.image_size, model.config.image_size)
-        model.model.tower_features(pixels).square().sum().backward()
+        model.model.compute_tower_features(pixels).square().sum().backward()
         reached = {name for name, p in model.model.vision_tower.named_parameters() if p.grad is not None}
         assert set(part.parameters) == reached
 
 
 @pytest.mark.parametrize("layer", [-1, -2, 0, [-1, 0]], ids=str)
 def test_of_a_mixture_too(layer: int | list[int]) -> None:
-    model, *_ = made(MOF, layer, connector="mlp2x_gelu")
-    model.model.tower_features(torch.randn(1, 3, 32, 32)).square().sum().backward()
+    model = build_with(MOF, layer, connector="mlp2x_gelu").model
+    model.model.compute_tower_features(torch.randn(1, 3, 32, 32)).square().sum().backward()
     reached = {name for name, p in model.model.vision_tower.named_parameters() if p.grad is not None}
-    assert set(part_of(model, "vision_tower").parameters) == reached
+    assert set(get_tunable_part(model, "vision_tower").parameters) == reached
 
 
 def test_partial_of_a_mixture_counts_the_layers_of_both() -> None:
     """Three layers and five, the last of each above the features."""
     for last, wanted in ((2, {"first": {1}, "second": {3}}), (3, {"first": {1}, "second": {2, 3}})):
-        model, *_ = made(MOF, connector="mof_mlp")
+        model = build_with(MOF, connector="mof_mlp").model
         apply_tuning(
             model, Tune.model_validate({"vision_tower": {"partial": {"last": last}}, "connector": "frozen"}), seed=0
         )
@@ -122,31 +125,31 @@ def test_partial_of_a_mixture_counts_the_layers_of_both() -> None:
 @pytest.mark.parametrize("layer,reached", [(-2, 2), (0, 0), ([0, -3], 1), ([-1, 0], 3)], ids=str)
 @pytest.mark.parametrize("name", TOWERS)
 def test_a_frozen_tower_runs_no_layer_above_the_highest_that_is_used(name: str, layer, reached: int) -> None:
-    model, *_ = made(TOWERS[name], layer)
+    model = build_with(TOWERS[name], layer).model
     tower, ran = model.model.vision_tower, []
     for block in find_blocks(tower):
         tower.get_submodule(block).register_forward_hook(lambda *_, block=block: ran.append(block))
-    model.requires_grad_(False).model.tower_features(torch.zeros(1, 3, 32, 32))
+    model.requires_grad_(False).model.compute_tower_features(torch.zeros(1, 3, 32, 32))
     assert ran == find_blocks(tower)[:reached]
 
 
 def test_a_frozen_dinov3_does_not_stretch_its_positions() -> None:
     """Its config has pos_embed_rescale 2.0, which acts in training mode."""
-    model, *_ = made(DINOV3)
+    model = build_with(DINOV3).model
     pixels = torch.randn(1, 3, 32, 32)
     model.model.vision_tower.requires_grad_(False)
     model.train()
-    assert torch.equal(model.model.tower_features(pixels), model.model.tower_features(pixels))
+    assert torch.equal(model.model.compute_tower_features(pixels), model.model.compute_tower_features(pixels))
     assert model.model.multi_modal_projector.training and not model.model.vision_tower.training
     model.requires_grad_(True).train()
-    assert not torch.equal(model.model.tower_features(pixels), model.model.tower_features(pixels))
+    assert not torch.equal(model.model.compute_tower_features(pixels), model.model.compute_tower_features(pixels))
 
 
 def test_dinov3s_positions_depend_on_the_grid_alone() -> None:
     """A tower trained at one size runs at another without interpolation: only what the pictures' size says changes."""
-    model, *_ = made(DINOV3)
+    model = build_with(DINOV3).model
     with torch.no_grad():
-        features = model.model.tower_features(torch.randn(1, 3, 64, 64))
+        features = model.model.compute_tower_features(torch.randn(1, 3, 64, 64))
     assert features.shape == (1, 64, 24)
     assert not any("position" in name for name, _ in model.model.vision_tower.named_parameters())
 
@@ -163,23 +166,27 @@ def test_dinov3s_own_settings_are_read_without_torchvision(tmp_path: Path) -> No
     fields = {"image_processor_type": "DINOv3ViTImageProcessorFast", "size": {"height": 48, "width": 48}, "resample": 2}
     fields |= {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.5] * 3, "do_center_crop": None, "crop_size": None}
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(fields))
-    model, processor, _ = made(str(tmp_path))
+    vlm = build_with(str(tmp_path))
+    model, processor = vlm.model, vlm.processor
     assert (model.config.image_size, processor.tokens_per_image) == (48, 36)
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (60, 90, 3), dtype=np.uint8))
     wanted = np.asarray(picture.resize((48, 48), Image.Resampling.BILINEAR)).transpose(2, 0, 1)
-    assert np.array_equal(processor.pixels([picture])[0].numpy(), wanted)
+    assert np.array_equal(processor.to_pixels([picture])[0].numpy(), wanted)
     with torch.no_grad():
         mean = torch.tensor([0.1, 0.2, 0.3]).view(3, 1, 1)
         states = tower((torch.tensor(wanted)[None] / 255 - mean) / 0.5, output_hidden_states=True).hidden_states
         torch.testing.assert_close(
-            model.eval().model.tower_features(processor.pixels([picture])), states[-2][:, 5:], rtol=1e-4, atol=1e-5
+            model.eval().model.compute_tower_features(processor.to_pixels([picture])),
+            states[-2][:, 5:],
+            rtol=1e-4,
+            atol=1e-5,
         )
 
 
 @pytest.mark.parametrize("name", TOWERS)
 def test_a_tower_by_directory_without_an_image_processor(name: str, tmp_path: Path) -> None:
     tower = saved_tower(tmp_path, TOWERS[name])
-    model, *_ = made(str(tmp_path))
+    model = build_with(str(tmp_path)).model
     for key, parameter in tower.named_parameters():
         assert torch.equal(model.model.vision_tower.get_parameter(key), parameter)
 
@@ -193,21 +200,22 @@ def test_a_whole_fixed_resolution_siglip2_is_read_as_siglip(tmp_path: Path) -> N
     whole.save_pretrained(tmp_path)
     SiglipImageProcessorPil(size={"height": 32, "width": 32}, resample=2).save_pretrained(tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "siglip"
-    model, processor, _ = made(str(tmp_path))
+    vlm = build_with(str(tmp_path))
+    model, processor = vlm.model, vlm.processor
     assert model.config.vision_config.model_type == "siglip_vision_model" and processor.tokens_per_image == 16
     assert processor.image_processor.resample == 2
     pixels = torch.randn(1, 3, 32, 32)
     with torch.no_grad():
         wanted = whole.vision_model(pixels, output_hidden_states=True).hidden_states[-2]
-        torch.testing.assert_close(model.model.tower_features(pixels), wanted, rtol=0, atol=0)
+        torch.testing.assert_close(model.model.compute_tower_features(pixels), wanted, rtol=0, atol=0)
 
 
 def test_towers_that_cannot_be_say_what_can() -> None:
     with pytest.raises(UserError, match=r"NaFlex SigLIP2 .*google/siglip2-base-patch16-256") as error:
-        made({"model_type": "siglip2_vision_model", "hidden_size": 24, "num_attention_heads": 4})
+        build_with({"model_type": "siglip2_vision_model", "hidden_size": 24, "num_attention_heads": 4})
     assert len(str(error.value).splitlines()) <= 2
     with pytest.raises(UserError, match="NaFlex SigLIP2"):
-        made({**MOF, "second": {"model_type": "siglip2_vision_model"}})
+        build_with({**MOF, "second": {"model_type": "siglip2_vision_model"}})
     for layer in (4, -5, [-2, 4]):
-        with pytest.raises(UserError, match=r"feature_layer (4|-5): the tower has 3 layers\. Ask for one of -4 \.\. 3"):
-            made(CLIP, layer)
+        with pytest.raises(UserError, match=r"feature_layer (4|-5): the tower has 3 layers\. Choose one of -4 \.\. 3"):
+            build_with(CLIP, layer)

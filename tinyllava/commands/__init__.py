@@ -1,1 +1,1 @@
-"""What stands behind the commands of cli.py that are longer than a few lines."""
+"""The code of the commands in cli.py, one file per command. Read look.py first."""

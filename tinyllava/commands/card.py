@@ -1,4 +1,4 @@
-"""The model card of an exported checkpoint: how to use it, what it is made of, how it was trained, what it scores."""
+"""Build the model card of an exported checkpoint: how to use it, its parts, its training and its scores."""
 
 import json
 from collections.abc import Mapping
@@ -10,12 +10,11 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from tinyllava.checkpoint.layout import explain_not_plain
 from tinyllava.config import PARTS
-from tinyllava.data.template import Template
 from tinyllava.eval.results import RESULTS
-from tinyllava.eval.run import fingerprint
-from tinyllava.model.layout import why_not_plain
-from tinyllava.model.modeling import TinyLlavaForConditionalGeneration
+from tinyllava.eval.run import hash_checkpoint
+from tinyllava.model.vlm import VLM
 
 PLAIN = """```python
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -36,73 +35,75 @@ import tinyllava
 model = tinyllava.load("{name}")
 print(model.chat("What is in the picture?", "picture.jpg"))
 ```"""
-LICENCE = "Its licence follows from those of its parts and of its training data: add it before you publish."
+LICENCE = "The licence depends on those of the parts and of the training data. Add it before you publish the model."
 
 
-def scores_of(given: Path, source: Path) -> dict[str, Any]:
-    """The benchmarks of a `results.json` beside the checkpoint or its run, if it was made with just these weights."""
-    for folder in dict.fromkeys((given, source, source.parent.parent)):
+def find_scores(run: Path, source: Path) -> dict[str, Any]:
+    """Find the benchmark entries in a `results.json` of the checkpoint `source` or its run.
+
+    Returns {} if there is none, or if it belongs to other weights.
+    """
+    # `source` is RUN/STAGE/final, so the run is two levels up.
+    for folder in dict.fromkeys((run, source, source.parent.parent)):
         if (folder / RESULTS).is_file():
             results = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
-            if results["made_with"]["checkpoint"] == fingerprint(source):
+            if results["made_with"]["checkpoint"] == hash_checkpoint(source):
                 return results["tasks"]
     return {}
 
 
-def model_card(
-    model: TinyLlavaForConditionalGeneration,
-    template: Template,
-    run: Mapping[str, Any],
-    scores: Mapping[str, Any],
-    name: str,
-) -> ModelCard:
-    """The card of `model`. `run`: the record of what trained it; `scores`: entries of results.json, by benchmark."""
+def make_model_card(vlm: VLM, run: Mapping[str, Any], scores: Mapping[str, Any], name: str) -> ModelCard:
+    """Make the card of a model. run: the record of its training. scores: entries of results.json by benchmark."""
     recipe = yaml.safe_load(run.get("recipe_yaml", "")) or {}
-    reason = why_not_plain(model)
+    reason = explain_not_plain(vlm.model)
     if reason is None:
-        loads, use = "It is plain `llava`: transformers loads it without further code.", PLAIN
+        note, code = "It is plain `llava`: transformers loads it without more code.", PLAIN
     else:
-        loads, use = f"It needs `pip install tinyllava-factory`, because {reason}.", OURS
+        note, code = f"It requires `pip install tinyllava-factory`, because {reason}.", OURS
     sections = [
         f"# {name}",
-        f"A vision-language model made with TinyLLaVA Factory. {loads}",
+        f"A vision-language model made with TinyLLaVA Factory. {note}",
         "## Use",
-        use.format(name=name),
+        code.format(name=name),
         "## Parts",
-        _table(("part", "class", "from", "parameters"), _parts(model, template, recipe)),
+        _make_table(("part", "class", "from", "parameters"), _list_parts(vlm, recipe)),
     ]
     if recipe:
-        rows = [_stage(stage, settings) for stage, settings in recipe["stages"].items()]
+        rows = [_describe_stage(stage, settings) for stage, settings in recipe["stages"].items()]
         trained = f"Recipe `{run['recipe']}`; checkpoint of stage `{run['stage']}`, step {run['step']:,}."
-        head = ("stage", "data", "trained", "samples a step", "learning rate")
-        whole = ("<details><summary>the recipe</summary>", f"```yaml\n{run['recipe_yaml'].strip()}\n```", "</details>")
-        made = ", ".join(f"{package} {version}" for package, version in run["versions"].items())
-        sections += ["## Training", trained, _table(head, rows), *whole, f"Made with {made}."]
+        head = ("stage", "data", "trained", "samples per step", "learning rate")
+        details = (
+            "<details><summary>the recipe</summary>",
+            f"```yaml\n{run['recipe_yaml'].strip()}\n```",
+            "</details>",
+        )
+        versions = ", ".join(f"{package} {version}" for package, version in run["versions"].items())
+        sections += ["## Training", trained, _make_table(head, rows), *details, f"Made with {versions}."]
     if scores:
         head = ("benchmark", "metric", "score", "questions", "scorer")
         rows = [
-            (one["title"], one["metric"], f"{one['score']:.1f}", f"{one['n']:,}", one["scorer"])
-            for one in scores.values()
-            if one["score"] is not None
+            (entry["title"], entry["metric"], f"{entry['score']:.1f}", f"{entry['n']:,}", entry["scorer"])
+            for entry in scores.values()
+            if entry["score"] is not None
         ]
-        sections += ["## Scores", _table(head, rows)]
+        sections += ["## Scores", _make_table(head, rows)]
     sections += ["## Licence", LICENCE]
-    return ModelCard(f"---\n{_metadata(recipe, scores, name).to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n")
+    return ModelCard(f"---\n{_make_metadata(recipe, scores, name).to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n")
 
 
-def _metadata(recipe: Mapping[str, Any], scores: Mapping[str, Any], name: str) -> ModelCardData:
+def _make_metadata(recipe: Mapping[str, Any], scores: Mapping[str, Any], name: str) -> ModelCardData:
     parts = [recipe.get("model", {}).get(part) or {} for part in ("llm", "vision_tower")]
     bases = [identifier for part in parts if (identifier := part.get("name")) and _is_repository(identifier)]
     results = [
         EvalResult(
             task_type="image-text-to-text",
             dataset_type=task,
-            dataset_name=one["title"],
-            metric_type=one["metric"],
-            metric_value=round(one["score"], 2),
+            dataset_name=entry["title"],
+            metric_type=entry["metric"],
+            metric_value=round(entry["score"], 2),
         )
-        for task, one in scores.items()
-        if one["score"] is not None
+        for task, entry in scores.items()
+        if entry["score"] is not None
     ]
     return ModelCardData(
         library_name="transformers",
@@ -115,7 +116,7 @@ def _metadata(recipe: Mapping[str, Any], scores: Mapping[str, Any], name: str) -
 
 
 def _is_repository(name: str) -> bool:
-    """Whether a recipe names a part on the Hub, and no directory."""
+    """Whether `name` is a repository on the Hub and not a local directory."""
     try:
         validate_repo_id(name)
     except HFValidationError:
@@ -123,24 +124,22 @@ def _is_repository(name: str) -> bool:
     return "/" in name and not Path(name).exists()
 
 
-def _parts(
-    model: TinyLlavaForConditionalGeneration, template: Template, recipe: Mapping[str, Any]
-) -> list[tuple[str, ...]]:
-    wanted = recipe.get("model", {})
-    ((connector, _),) = model.config.connector.items()
+def _list_parts(vlm: VLM, recipe: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    spec = recipe.get("model", {})
+    ((connector, _),) = vlm.model.config.connector.items()
     modules = {"vision_tower": "vision_tower", "connector": "multi_modal_projector", "llm": "language_model"}
     rows = []
     for part, place in modules.items():
-        module = model.get_submodule(f"model.{place}")
-        origin = (wanted.get(part) or {}).get("name", "random weights") if recipe and part != "connector" else ""
+        module = vlm.model.get_submodule(f"model.{place}")
+        origin = (spec.get(part) or {}).get("name", "random weights") if recipe and part != "connector" else ""
         kind = f"`{connector}`" if part == "connector" else f"`{type(module).__name__}`"
         rows.append((part.replace("_", " "), kind, origin, f"{sum(p.numel() for p in module.parameters()):,}"))
-    return [*rows, ("template", f"`{template.name}`", "", "")]
+    return [*rows, ("template", f"`{vlm.template.name}`", "", "")]
 
 
-def _stage(name: str, stage: Mapping[str, Any]) -> tuple[str, ...]:
+def _describe_stage(name: str, stage: Mapping[str, Any]) -> tuple[str, ...]:
     data = ", ".join(f"`{source['path']}`" for source in stage["data"])
-    tune = {"connector": {"tuning": {"full": {}}}, **stage.get("tune", {})}  # the defaults are not written
+    tune = {"connector": {"tuning": {"full": {}}}, **stage.get("tune", {})}  # the recipe leaves out defaults
     tuned = [
         f"{part.replace('_', ' ')} {tuning}"
         for part in PARTS
@@ -151,6 +150,6 @@ def _stage(name: str, stage: Mapping[str, Any]) -> tuple[str, ...]:
     return (name, data, ", ".join(tuned), str(stage.get("global_batch_size", "")), str(rate))
 
 
-def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+def _make_table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
     lines = [head, ("---",) * len(head), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)

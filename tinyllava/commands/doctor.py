@@ -1,4 +1,4 @@
-"""`tinyllava doctor`: what this machine has, and what on it is known not to work. Paste it into a bug report."""
+"""`tinyllava doctor`: versions, devices and known problems of this machine. Paste its output into a bug report."""
 
 import importlib
 import os
@@ -11,86 +11,96 @@ from packaging.requirements import Requirement
 from rich.console import Console
 from rich.table import Table
 
-from tinyllava.data.cache import cache_root
-from tinyllava.train.record import versions
+from tinyllava.cache import find_cache_root
+from tinyllava.provenance import get_versions
 
 DISTRIBUTION = "tinyllava-factory"
 GIB = 2**30
 
 
-def doctor(console: Console) -> bool:
-    """Print what there is; True when nothing known to be bad was found."""
+def diagnose(console: Console) -> bool:
+    """Print facts about this machine and its known problems; returns whether there are no problems."""
     facts = Table(show_header=False, box=None)
-    for name, found in {**versions(), **devices(), **memory(), **extras()}.items():
-        facts.add_row(name, found)
+    for name, fact in {**get_versions(), **list_devices(), **list_resources(), **list_extras()}.items():
+        facts.add_row(name, fact)
     console.print(facts, highlight=False)
-    found = problems()
-    for problem in found:
+    problems = find_problems()
+    for problem in problems:
         console.print(f"[red]problem:[/] {problem}", highlight=False, soft_wrap=True)
-    console.print("" if found else "[green]nothing is known to be wrong here[/]")
-    return not found
+    console.print("" if problems else "[green]no known problems[/]")
+    return not problems
 
 
-def devices() -> dict[str, str]:
-    """Accelerators as torch sees them."""
+def list_devices() -> dict[str, str]:
+    """List the accelerators that torch can use."""
     if torch.cuda.is_available():
-        seen = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
-        return {f"GPU {i}": f"{one.name}, {one.total_memory / GIB:.0f} GiB" for i, one in enumerate(seen)}
+        gpus = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+        return {f"GPU {index}": f"{gpu.name}, {gpu.total_memory / GIB:.0f} GiB" for index, gpu in enumerate(gpus)}
     if torch.backends.mps.is_available():
         return {"GPU": "Apple (mps)"}
     return {"GPU": f"none that torch {torch.__version__} can use"}
 
 
-def memory() -> dict[str, str]:
-    """CPU cores, memory, and the free disk where runs and prepared data lie."""
+def list_resources() -> dict[str, str]:
+    """List CPU cores, memory, and the free disk space for runs and for the cache."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    places = {"disk here": Path.cwd(), "disk of the cache": existing(cache_root())}
+    places = {"disk here": Path.cwd(), "disk of the cache": find_existing(find_cache_root())}
     free = {name: f"{shutil.disk_usage(path).free / GIB:.0f} GiB free ({path})" for name, path in places.items()}
     return {"CPU": f"{os.cpu_count()} cores, {total / GIB:.0f} GiB memory", **free}
 
 
-def existing(path: Path) -> Path:
-    """`path`, or the nearest folder above it that exists."""
-    return path if path.exists() else existing(path.parent)
+def find_existing(path: Path) -> Path:
+    """Return `path`, or the nearest directory above it that exists."""
+    return path if path.exists() else find_existing(path.parent)
 
 
-def extras() -> dict[str, str]:
-    """Which optional groups of packages are installed in full."""
+def list_extras() -> dict[str, str]:
+    """List each optional group of packages, whether it is installed, and what is missing."""
     state = {}
     for extra in metadata(DISTRIBUTION).get_all("Provides-Extra") or []:
-        needed = [one for one in requirements() if one.marker and one.marker.evaluate({"extra": extra})]
-        missing = [one.name for one in needed if not one.marker.evaluate({"extra": ""}) and not installed(one.name)]
+        conditional = [
+            requirement
+            for requirement in list_requirements()
+            if requirement.marker and requirement.marker.evaluate({"extra": extra})
+        ]
+        # A requirement whose marker also holds without the extra does not belong to it.
+        names = [requirement.name for requirement in conditional if not requirement.marker.evaluate({"extra": ""})]
+        missing = [name for name in names if not get_installed_version(name)]
         state[f"extra {extra}"] = f"not installed ({', '.join(missing)})" if missing else "installed"
     return state
 
 
-def requirements() -> list[Requirement]:
-    """What the package asks for, extras included."""
+def list_requirements() -> list[Requirement]:
+    """List the requirements of the package and of its extras."""
     return [Requirement(text) for text in requires(DISTRIBUTION) or []]
 
 
-def installed(name: str) -> str | None:
-    """The version of an installed package."""
+def get_installed_version(name: str) -> str | None:
+    """Return the version of a package, or None if it is not installed."""
     try:
         return version(name)
     except PackageNotFoundError:
         return None
 
 
-def problems() -> list[str]:
-    """Known bad combinations, each with its remedy."""
-    found = []
-    for one in requirements():
-        have = installed(one.name)
-        if have and not one.specifier.contains(have, prereleases=True):
-            found.append(f'{one.name} {have} is installed, but {one.specifier} is needed: pip install "{one}"')
-    if installed("torchvision"):
+def find_problems() -> list[str]:
+    """Find packages that are known not to work together; returns each problem with its remedy."""
+    problems = []
+    for requirement in list_requirements():
+        present = get_installed_version(requirement.name)
+        if present and not requirement.specifier.contains(present, prereleases=True):
+            problems.append(
+                f"{requirement.name} {present} is installed, but {requirement.specifier} is required:"
+                f' pip install "{requirement}"'
+            )
+    if get_installed_version("torchvision"):
         try:
             importlib.import_module("torchvision")
         except (ImportError, RuntimeError, OSError) as error:
-            # "operator torchvision::nms does not exist": PyPI's is a CUDA build, and transformers breaks with it
+            # "operator torchvision::nms does not exist": the CUDA build on PyPI fails together with a CPU build of
+            # torch, and then transformers fails when it imports torchvision.
             reason = str(error).splitlines()[0]
-            found.append(f"torchvision does not fit torch {torch.__version__} ({reason}): pip uninstall torchvision")
-    elif installed("timm"):
-        found.append("timm without torchvision breaks `accelerate launch`: pip uninstall timm")
-    return found
+            problems.append(f"torchvision does not fit torch {torch.__version__} ({reason}): pip uninstall torchvision")
+    elif get_installed_version("timm"):
+        problems.append("timm without torchvision breaks `accelerate launch`: pip uninstall timm")
+    return problems

@@ -1,8 +1,8 @@
-"""`tinyllava export CHECKPOINT --to FORM --output DIR`: the same model in the form that somebody else reads.
+"""`tinyllava export CHECKPOINT --to FORM --output DIR`: write the same model in a format that another tool reads.
 
-merged   an ordinary checkpoint with the adapter folded into its weights
-hf       merged if need be, with a model card: recipe, data and scores filled in; what `hf upload` takes
-split    LLM, vision tower and connector apart: what llama.cpp's tools start from
+merged   an ordinary checkpoint with the adapter merged into its weights
+hf       the same with a model card (recipe, data, scores), for `hf upload`; an adapter is merged
+split    LLM, vision tower and connector in directories of their own, for llama.cpp's tools
 """
 
 from collections.abc import Mapping
@@ -12,51 +12,70 @@ from typing import Any
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HFValidationError, HTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
-from tinyllava.commands.card import model_card, scores_of
+from tinyllava import atomic, checkpoint
+from tinyllava.checkpoint.adapter import has_adapter, merge_adapter
+from tinyllava.commands.card import find_scores, make_model_card
+from tinyllava.commands.split import write_split
+from tinyllava.console import output
 from tinyllava.errors import UserError
-from tinyllava.factory import nearest
+from tinyllava.factory import suggest_nearest
 from tinyllava.infer import find_checkpoint
-from tinyllava.model import checkpoint
-from tinyllava.model.adapter import has_adapter, merge
 from tinyllava.model.parts import DTYPES
-from tinyllava.model.split import write_split
 
 FORMS = ("merged", "hf", "split")
 
 
-def export(given: str, to: str, output: Path, name: str, dtype: str, lacking: Mapping[str, Any]) -> str | None:
-    """Write the checkpoint that `given` means into `output`; returns why the result is not plain llava, None if it is.
+def export_and_show(
+    path: str, to: str, output_dir: Path, push: str | None, dtype: str, lacking: Mapping[str, Any]
+) -> None:
+    """Export a checkpoint, upload it to the Hub repository `push` if there is one, and print what was written."""
+    reason = export_checkpoint(path, to, output_dir, push or output_dir.name, dtype, lacking)
+    if to == "split":
+        for part in ("llm", "vision_tower", "connector"):
+            output.print(f"{output_dir}/{part}", highlight=False, soft_wrap=True)
+    else:
+        kind = "plain llava" if reason is None else f"not plain llava: {reason}"
+        output.print(f"{output_dir}: {kind}", highlight=False, soft_wrap=True)
+    if push:
+        output.print(f"uploaded to {push_to_hub(output_dir, push)}", highlight=False, soft_wrap=True)
 
-    `name` is what the model card calls it, `dtype` what its weights are stored in. Raises UserError for an unknown form
-    or dtype, an `output` that exists, or when there is nothing to merge.
+
+def export_checkpoint(
+    path: str, to: str, output_dir: Path, name: str, dtype: str, lacking: Mapping[str, Any]
+) -> str | None:
+    """Write a checkpoint in the form `to`. Returns why the result is not plain llava, or None if it is plain llava.
+
+    path: a checkpoint or a run. name: the model's name on its card. dtype: of the stored weights. lacking: keywords of
+    `checkpoint.load`. Raises UserError for an unknown form or dtype, if `output_dir` exists, and if there is no adapter
+    to merge.
     """
     if dtype not in DTYPES:
-        raise UserError(f"unknown dtype '{dtype}'{nearest(dtype, list(DTYPES))} Known: {', '.join(DTYPES)}.")
+        raise UserError(f"unknown dtype '{dtype}'{suggest_nearest(dtype, list(DTYPES))} Known: {', '.join(DTYPES)}.")
     if to not in FORMS:
-        raise UserError(f"unknown form '{to}'{nearest(to, list(FORMS))} Known: {', '.join(FORMS)}.")
-    if output.exists():
-        raise UserError(f"{output} exists already. Choose another --output, or remove it.")
-    source = find_checkpoint(given)
-    model, processor, template, record = checkpoint.load(source, DTYPES[dtype], **lacking)
-    run = {**record.get("run", {}), "exported_from": source.name}
-    if has_adapter(model) or to == "merged":
-        model = merge(model)
-    reason = checkpoint.why_not_plain(model)
-    with checkpoint.aside(output) as directory:
+        raise UserError(f"unknown form '{to}'{suggest_nearest(to, list(FORMS))} Known: {', '.join(FORMS)}.")
+    if output_dir.exists():
+        raise UserError(f"{output_dir} exists already. Choose another --output, or delete it.")
+    source = find_checkpoint(path)
+    vlm = checkpoint.load(source, DTYPES[dtype], **lacking)
+    run = {**vlm.record.get("run", {}), "exported_from": source.name}
+    if has_adapter(vlm.model) or to == "merged":
+        merge_adapter(vlm.model)
+    reason = checkpoint.explain_not_plain(vlm.model)
+    with atomic.write_directory(output_dir) as directory:
         if to == "split":
-            write_split(model, processor, directory)
+            write_split(vlm, directory)
         else:
-            checkpoint.save(model, processor, template, directory, run)
+            checkpoint.save(vlm, directory, run)
         if to == "hf":
-            card = model_card(model, template, run, scores_of(Path(given), source), name)
+            card = make_model_card(vlm, run, find_scores(Path(path), source), name)
             card.save(directory / "README.md")
     return reason
 
 
-def push(directory: Path, repository: str) -> str:
-    """Upload a directory to the Hub as a model repository, made if it is not there; returns its address.
+def push_to_hub(directory: Path, repository: str) -> str:
+    """Upload a directory to a model repository on the Hub and return its address. A new repository is created.
 
-    Raises UserError without a token, without a Hub, or when the Hub refuses.
+    Raises UserError without a token, if the Hub cannot be reached, and if it refuses the upload.
     """
     api = HfApi()
     try:
@@ -65,7 +84,7 @@ def push(directory: Path, repository: str) -> str:
     except (LocalTokenNotFoundError, OfflineModeIsEnabled, HFValidationError, HTTPError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(
-            f"{directory} is written, but was not uploaded to {repository}: {reason}"
-            f"\nLog in with `hf auth login` if you have not, then: hf upload {repository} {directory}"
+            f"{directory} is written, but not uploaded to {repository}: {reason}"
+            f"\nLog in with `hf auth login`, then run: hf upload {repository} {directory}"
         ) from None
     return str(address)

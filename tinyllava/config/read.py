@@ -1,4 +1,4 @@
-"""Reading a recipe: YAML, what it inherits (`base:`) and dotted overrides, merged and then checked."""
+"""Read a recipe: merge its YAML, the recipe that it inherits from (`base:`) and dotted overrides, then check it."""
 
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 
-from tinyllava.config.check import check_names, explain
+from tinyllava.config.check import check_names, explain_error
 from tinyllava.config.schema import Recipe
 from tinyllava.errors import UserError
 from tinyllava.factory import Factory
@@ -19,24 +19,27 @@ def load_recipe(name: str, overrides: list[str] | None = None) -> Recipe:
 
     Raises UserError with the nearest valid name for an unknown recipe, key, part, template, tuning or benchmark.
     """
-    tree = _read(name, seen=())
+    tree = _read_tree(name, seen=())
     for override in overrides or []:
         key, equals, text = override.partition("=")
         if not equals or not key:
             raise UserError(f"cannot read the override '{override}': expected key=value, like seed=1.")
-        _replace(tree, key, _parse(f"value: {text}", f"the override '{override}'").get("value"))
+        _replace_value(tree, key, _parse_yaml(f"value: {text}", f"the override '{override}'").get("value"))
     try:
         recipe = Recipe.model_validate(OmegaConf.to_container(tree, resolve=True))
     except ValidationError as error:
-        raise UserError(explain(name, error)) from None
+        raise UserError(explain_error(name, error)) from None
     except OmegaConfBaseException as error:
         raise UserError(f"recipe {name}: {str(error).splitlines()[0]}") from None
     check_names(recipe)
     return recipe
 
 
-def _parse(text: str, what: str) -> DictConfig:
+def _parse_yaml(text: str, what: str) -> DictConfig:
+    # PyYAML reads the text first, because its errors name line and column. An empty text stands for an empty mapping.
     try:
+        if isinstance(yaml.safe_load(text), list):
+            raise yaml.YAMLError("found a list instead of keys with values")
         return OmegaConf.create((yaml.safe_load(text) and text) or "{}")
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
@@ -44,34 +47,36 @@ def _parse(text: str, what: str) -> DictConfig:
         raise UserError(f"cannot read {what}{where}: {getattr(error, 'problem', error)}. Expected YAML.") from None
 
 
-def _read(name: str, seen: tuple[str, ...]) -> DictConfig:
-    """The recipe's tree with everything it inherits: nested mappings merge, dotted keys replace."""
+def _read_tree(name: str, seen: tuple[str, ...]) -> DictConfig:
+    """The tree of a recipe with everything it inherits: nested mappings are merged, dotted keys replace."""
     is_file = name.endswith((".yaml", ".yml"))
-    path = Path(name) if is_file else Factory("recipes").path(name)
+    path = Path(name) if is_file else Factory("recipes").find_path(name)
     if not path.is_file():
-        raise UserError(
-            f"recipe file {name} not found. Give a YAML file, or one of: {', '.join(Factory('recipes').names())}."
-        )
+        raise UserError(f"recipe file {name} not found. Give a YAML file, or a built-in name such as quickstart.")
     if str(path) in seen:
         raise UserError(f"recipe {name} inherits from itself: {' -> '.join([*seen, str(path)])}.")
-    own = _parse(path.read_text(encoding="utf-8"), f"recipe {name}")
-    base = own.pop("base", None)
+    # Bytes that are no text become characters that YAML refuses, with their position.
+    recipe = _parse_yaml(path.read_text(encoding="utf-8", errors="surrogateescape"), f"recipe {name}")
+    base = recipe.pop("base", None)
     if base is not None and is_file and base.endswith((".yaml", ".yml")):
-        base = str(path.parent / base)  # a base file lies beside the recipe that names it
-    tree = _read(base, (*seen, str(path))) if base else OmegaConf.create({})
-    dotted = {key: own.pop(key) for key in list(own) if "." in str(key)}
-    tree = _in_order(OmegaConf.merge(tree, own), own.get("stages"))
+        base = str(path.parent / base)  # relative to the recipe that names it
+    tree = _read_tree(base, (*seen, str(path))) if base else OmegaConf.create({})
+    dotted = {key: recipe.pop(key) for key in list(recipe) if "." in str(key)}
+    tree = _order_stages(OmegaConf.merge(tree, recipe), recipe.get("stages"))
     for key, value in dotted.items():
-        _replace(tree, key, value)
+        _replace_value(tree, key, value)
     return tree
 
 
-def _in_order(tree: DictConfig, stages: DictConfig | None) -> DictConfig:
-    """A recipe that lists all stages says their order as well: a new one may come between inherited ones."""
+def _order_stages(tree: DictConfig, stages: DictConfig | None) -> DictConfig:
+    """Take the order of the stages from a recipe that lists all of them.
+
+    A new stage can then come between inherited ones.
+    """
     if stages is not None and set(stages) == set(tree.stages):
         tree.stages = {name: tree.stages[name] for name in stages}
     return tree
 
 
-def _replace(tree: DictConfig, key: str, value: Any) -> None:
+def _replace_value(tree: DictConfig, key: str, value: Any) -> None:
     OmegaConf.update(tree, key, value, merge=False, force_add=True)

@@ -1,4 +1,4 @@
-"""The schema of a recipe: what can be said, and the short forms of saying it. An unknown key is an error."""
+"""The schema of a recipe, with its defaults and short forms. An unknown key is an error."""
 
 import hashlib
 import json
@@ -10,84 +10,89 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_valida
 from tinyllava.factory import Factory
 
 PARTS = ("vision_tower", "connector", "llm")
+PART_TITLES = {"vision_tower": "vision tower", "connector": "connector", "llm": "LLM"}  # names in messages
 NATIVE_TEMPLATE = "native"  # the tokenizer's own chat template: a name without a file in templates/
 
 
-class Strict(BaseModel):
-    """A mapping that refuses keys it does not know."""
+class StrictModel(BaseModel):
+    """A mapping that refuses unknown keys."""
 
     model_config = ConfigDict(extra="forbid", protected_namespaces=(), validate_default=True)
 
 
-def _named(value: Any) -> Any:
+def _expand_name(value: Any) -> Any:
     """`llm: ID` is short for `llm: {name: ID}`."""
     return {"name": value} if isinstance(value, str) else value
 
 
-def _one_of(kind: str) -> BeforeValidator:
-    """`connector: mlp` is short for `connector: {mlp: {}}`: one name of `kind` and its options."""
+def _validate_choice(kind: str) -> BeforeValidator:
+    """Validate one name of `kind` with its options. `connector: mlp` is short for `connector: {mlp: {}}`."""
 
     def validate(value: Any) -> Any:
-        if value is None:  # a model that starts from a checkpoint has no connector of its own
+        if value is None:  # a model that starts from a checkpoint names no connector
             return None
         if isinstance(value, str):
             value = {value: {}}
         if not isinstance(value, dict) or len(value) != 1:
-            found = " and ".join(map(str, value)) if isinstance(value, dict) and value else repr(value)
-            raise ValueError(f"expected the name of one {Factory(kind).kind.singular} with its options, found {found}")
+            text = " and ".join(map(str, value)) if isinstance(value, dict) and value else repr(value)
+            raise ValueError(f"expected the name of one {Factory(kind).kind.singular} with its options, found {text}")
         ((name, options),) = value.items()
         return {str(name): options or {}}
 
     return BeforeValidator(validate)
 
 
-class TokenizerSpec(Strict):
-    """A byte-level BPE trained on the recipe's own training texts, for an LLM made from a config."""
+class TokenizerSpec(StrictModel):
+    """A byte-level BPE that is trained on the recipe's training texts, for an LLM from a `config`."""
 
     vocab_size: int = 2048
 
 
-class LLMSpec(Strict):
-    """An LLM by Hub id or local path (`name`), or made from a config with random weights (`config`)."""
+class LLMSpec(StrictModel):
+    """An LLM: its Hub id or local path (`name`), or the config of one with random weights (`config`)."""
 
     name: str | None = None
     config: dict[str, Any] | None = None
     tokenizer: str | TokenizerSpec | None = None  # default: the LLM's own
-    family: str | None = None  # what loading it needs to know, in a file of your own: my_pkg.my_module:LLM
+    family: str | None = None  # your own llms/ file: my_pkg.my_module:LLM
     attn_implementation: str | None = None
 
     @model_validator(mode="after")
-    def _either(self) -> "LLMSpec":
+    def _check_source(self) -> "LLMSpec":
         if (self.name is None) == (self.config is None):
             raise ValueError("give either `name` (a Hub id or a local path) or `config` (random weights)")
         if self.config is not None and self.tokenizer is None:
-            raise ValueError("an LLM made from `config` needs `tokenizer`: a path, or {vocab_size: N} to train one")
+            raise ValueError("an LLM from `config` requires `tokenizer`: a path, or {vocab_size: N} to train one")
         return self
 
 
-class VisionTowerSpec(Strict):
-    """A vision tower by Hub id or local path (`name`), or made from a config with random weights (`config`)."""
+class VisionTowerSpec(StrictModel):
+    """A vision tower: its Hub id or local path (`name`), or the config of one with random weights (`config`)."""
 
     name: str | None = None
     config: dict[str, Any] | None = None
     feature_layer: int | list[int] = -2
     feature_strategy: Literal["patch", "cls_patch"] = "patch"
-    family: str | None = None  # what loading it needs to know, in a file of your own: my_pkg.my_module:VisionTower
+    family: str | None = None  # your own vision_towers/ file: my_pkg.my_module:VisionTower
     image_aspect: Literal["processor", "square", "pad", "crop"] = "processor"
-    image_processor: str | None = None  # a preprocessor_config.json, or the user's own class as my_pkg.my_module:Name
-    tiles: int | None = Field(None, ge=2)  # any-resolution: the most tiles of a picture beside its thumbnail
+    image_processor: str | None = None  # a preprocessor_config.json, or your own class: my_pkg.my_module:Name
+    tiles: int | None = Field(None, ge=2)  # any-resolution: the maximum number of tiles, the thumbnail not counted
 
     @model_validator(mode="after")
-    def _either(self) -> "VisionTowerSpec":
+    def _check_source(self) -> "VisionTowerSpec":
         if (self.name is None) == (self.config is None):
             raise ValueError("give either `name` (a Hub id or a local path) or `config` (random weights)")
         if ":" in (self.image_processor or "") and self.image_aspect != "processor":
-            raise ValueError("an `image_processor` of your own decides the aspect: leave out `image_aspect`")
+            raise ValueError("your own `image_processor` sets the aspect: remove `image_aspect`")
         return self
 
 
-class Lacking(Strict):
-    """What a `checkpoint` may not carry: llava-hf's an exact template, the original's any (`model.legacy.read`)."""
+class MissingValues(StrictModel):
+    """Values that a `checkpoint` of another package may not contain.
+
+    llava-hf checkpoints have no exact template. Those of the original TinyLLaVA Factory can miss any of these
+    (`checkpoint.legacy.read_legacy`).
+    """
 
     template: str | None = None
     image_processor: dict[str, Any] | None = None
@@ -96,43 +101,53 @@ class Lacking(Strict):
     vision_config: dict[str, Any] | None = None
     tokenizer: str | None = None
 
-    def given(self) -> dict[str, Any]:
+    def to_keywords(self) -> dict[str, Any]:
         """Keywords of `checkpoint.load`."""
         return self.model_dump(exclude_none=True)
 
 
-class ModelSpec(Strict):
-    """The three boxes and the text format between them; or a `checkpoint` to start from, which brings all four."""
+class ModelSpec(StrictModel):
+    """The three parts and the template; or a `checkpoint` to start from, which contains all four."""
 
-    llm: Annotated[LLMSpec | None, BeforeValidator(_named)] = None
-    vision_tower: Annotated[VisionTowerSpec | None, BeforeValidator(_named)] = None
-    connector: Annotated[dict[str, dict[str, Any]] | None, _one_of("connectors")] = None
+    llm: Annotated[LLMSpec | None, BeforeValidator(_expand_name)] = None
+    vision_tower: Annotated[VisionTowerSpec | None, BeforeValidator(_expand_name)] = None
+    connector: Annotated[dict[str, dict[str, Any]] | None, _validate_choice("connectors")] = None
     template: str | None = None
-    compat: bool = False  # the original's ids and labels (Template.load), for parity and for its checkpoints
+    compat: bool = False  # token ids and labels of the original TinyLLaVA Factory (Template.load)
     checkpoint: str | None = None
-    lacking: Lacking = Lacking()
+    lacking: MissingValues = MissingValues()
     max_length: int = 2048
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
 
     @model_validator(mode="after")
-    def _complete(self) -> "ModelSpec":
+    def _check_complete(self) -> "ModelSpec":
         missing = [part for part in PARTS if getattr(self, part) is None]
         if self.checkpoint is None and missing:
             raise ValueError(f"missing {', '.join(missing)} (or `checkpoint: DIR` to start from a trained model)")
         if self.checkpoint is not None and len(missing) < len(PARTS):
-            raise ValueError("`checkpoint` brings its own parts: leave out llm, vision_tower and connector")
+            raise ValueError("`checkpoint` contains its own parts: remove llm, vision_tower and connector")
         if self.checkpoint is not None and (self.template or self.compat):
             raise ValueError(
-                "`checkpoint` brings its own template: leave `template` and `compat` out. One that we did not write"
-                " takes `lacking: {template: NAME}`, and a stage its own `template`"
+                "`checkpoint` contains its own template: remove `template` and `compat`. For a checkpoint of another"
+                " package use `lacking: {template: NAME}`, and for one stage its own `template`"
             )
-        if self.checkpoint is None and self.lacking != Lacking():
-            raise ValueError("`lacking` is for what a `checkpoint` that we did not write does not carry")
+        if self.checkpoint is None and self.lacking != MissingValues():
+            raise ValueError("`lacking` is for a `checkpoint` of another package, and there is no `checkpoint`")
         return self
 
+    def describe(self) -> str:
+        """Where the model comes from, in a line: its checkpoint, or its three parts."""
+        if self.checkpoint is not None:
+            return self.checkpoint
+        tower, llm = (
+            part.name or f"{part.config.get('model_type')} with random weights"
+            for part in (self.vision_tower, self.llm)
+        )
+        return f"vision tower {tower}, connector {next(iter(self.connector))}, LLM {llm}"
 
-class DataSpec(Strict):
-    """One source of samples. `weight` is how often an epoch passes over it: 2 means twice, 0.3 a seeded 30 %."""
+
+class DataSpec(StrictModel):
+    """One source of samples. `weight` is how often an epoch uses it: 2 is twice, 0.3 is a random 30 % (seeded)."""
 
     path: str
     images: str | list[str] | None = None
@@ -143,16 +158,16 @@ class DataSpec(Strict):
     streaming: bool = False
 
 
-class TuneSpec(Strict):
+class TuneSpec(StrictModel):
     """How one part is trained: the tuning's name with its options, and the part's own learning rate."""
 
-    tuning: Annotated[dict[str, dict[str, Any]], _one_of("tuning")]
+    tuning: Annotated[dict[str, dict[str, Any]], _validate_choice("tuning")]
     lr: float | None = Field(None, gt=0)
 
     @model_validator(mode="before")
     @classmethod
-    def _short(cls, value: Any) -> Any:
-        """`full`, `{lora: {r: 8}}` and `{lora: {r: 8}, lr: 1e-4}` all name a tuning."""
+    def _expand_short_form(cls, value: Any) -> Any:
+        """`full`, `{lora: {r: 8}}` and `{lora: {r: 8}, lr: 1e-4}` are short forms."""
         if isinstance(value, str):
             return {"tuning": value}
         if isinstance(value, dict) and "tuning" not in value:
@@ -161,7 +176,7 @@ class TuneSpec(Strict):
         return value
 
 
-class Tune(Strict):
+class Tune(StrictModel):
     """How each of the three parts is trained in a stage."""
 
     vision_tower: TuneSpec = TuneSpec(tuning="frozen")
@@ -169,8 +184,8 @@ class Tune(Strict):
     llm: TuneSpec = TuneSpec(tuning="frozen")
 
 
-class Stage(Strict):
-    """One training stage: the data, what is trained of each part, and HF TrainingArguments passed straight through."""
+class Stage(StrictModel):
+    """One training stage: its data, the tuning of each part, and the fields of TrainingArguments (`trainer`)."""
 
     data: list[DataSpec] = Field(min_length=1)
     validation: list[DataSpec] | Annotated[float, Field(gt=0, lt=1)] | None = None
@@ -183,24 +198,24 @@ class Stage(Strict):
 
     @field_validator("trainer")
     @classmethod
-    def _no_is_a_word(cls, trainer: dict[str, Any]) -> dict[str, Any]:
-        """`save_strategy: no` is what people write, and YAML reads False."""
+    def _restore_no(cls, trainer: dict[str, Any]) -> dict[str, Any]:
+        """Replace False by "no" in `*_strategy`: YAML reads `save_strategy: no` as False."""
         return {key: "no" if key.endswith("_strategy") and value is False else value for key, value in trainer.items()}
 
 
-class Recipe(Strict):
-    """A whole run. `eval` names the benchmarks scored after the last stage."""
+class Recipe(StrictModel):
+    """A whole training run. `eval` names the benchmarks that are scored after the last stage."""
 
     model: ModelSpec
     stages: dict[str, Stage] = Field(min_length=1)
     eval: list[str] = []
     seed: int = 42
 
-    def fingerprint(self) -> str:
-        """A short hash of everything the recipe says: two runs of one directory must agree on it."""
+    def compute_hash(self) -> str:
+        """A short hash of the whole recipe: 16 hex digits. A run can be resumed only by a recipe with the same hash."""
         canonical = json.dumps(self.model_dump(mode="json"), sort_keys=True)
         return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
     def to_yaml(self) -> str:
-        """The resolved recipe, defaults left out, as YAML that `load_recipe` reads back."""
+        """The resolved recipe as YAML that `load_recipe` reads, without values that equal the defaults."""
         return OmegaConf.to_yaml(OmegaConf.create(self.model_dump(mode="json", exclude_defaults=True)))

@@ -1,4 +1,4 @@
-"""`identity`: the tower's features are the LLM's image tokens. The two must be equally wide."""
+"""`identity`: the tower's features are the LLM's image tokens. Tower and LLM must have the same width."""
 
 import torch
 from torch import Tensor, nn
@@ -19,15 +19,15 @@ class Connector(nn.Module):
         self.dim = text_dim
 
     def num_tokens(self, patches: int) -> int:
-        """One token a patch."""
+        """One token for each patch."""
         return patches
 
     def llava_projector(self) -> dict:
-        """Llava's projector with a linear activation and two identities."""
+        """Llava's projector with a linear activation and two identity layers."""
         return {"projector_hidden_act": "linear", "multimodal_projector_bias": True}
 
     def to_llava(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The two identity layers."""
+        """Return the two identity layers."""
         eye, zero = torch.eye(self.dim), torch.zeros(self.dim)
         return {
             "linear_1.weight": eye,

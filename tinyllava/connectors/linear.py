@@ -12,7 +12,7 @@ class Connector(nn.Module):
         self.linear_1 = nn.Linear(vision_dim, text_dim)
 
     def num_tokens(self, patches: int) -> int:
-        """One token a patch."""
+        """One token for each patch."""
         return patches
 
     @staticmethod
@@ -21,16 +21,16 @@ class Connector(nn.Module):
         return {f"linear_1.{name}": tensor for name, tensor in state.items()}
 
     def llava_projector(self) -> dict:
-        """Llava's projector with a linear activation, and an identity as second layer."""
+        """Llava's projector with a linear activation and an identity as its second layer."""
         return {"projector_hidden_act": "linear", "multimodal_projector_bias": True}
 
     def to_llava(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """Add the identity layer that Llava's projector has."""
-        like = state["linear_1.weight"]
+        weight = state["linear_1.weight"]
         return {
             **state,
-            "linear_2.weight": torch.eye(like.shape[0], dtype=like.dtype),
-            "linear_2.bias": torch.zeros(like.shape[0], dtype=like.dtype),
+            "linear_2.weight": torch.eye(weight.shape[0], dtype=weight.dtype),
+            "linear_2.bias": torch.zeros(weight.shape[0], dtype=weight.dtype),
         }
 
     def forward(self, features: Tensor) -> Tensor:

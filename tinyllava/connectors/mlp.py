@@ -9,16 +9,13 @@ from tinyllava.errors import UserError
 
 
 class Connector(nn.Module):
-    """[B, N, vision_dim] -> [B, N, text_dim] through linear_1, act, linear_2, ...
-
-    (Llava's own names for two layers).
-    """
+    """[B, N, vision_dim] -> [B, N, text_dim] through linear_1, act, linear_2, ... (for two layers, Llava's names)."""
 
     def __init__(self, vision_dim: int, text_dim: int, layers: int = 2, act: str = "gelu"):
         super().__init__()
-        if layers < 1 or act not in ACT2FN:
+        if not isinstance(layers, int) or layers < 1 or act not in ACT2FN:
             raise UserError(
-                f"connector mlp: layers >= 1 and a known activation expected, found layers={layers}, act={act}."
+                f"connector mlp: expected layers >= 1 and a known activation, found layers={layers}, act={act}."
             )
         self.layers, self.act_name = layers, act
         self.act = ACT2FN[act]
@@ -33,16 +30,20 @@ class Connector(nn.Module):
 
     @staticmethod
     def from_original(state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """`0.weight`, `2.weight`, ... (its activations are counted too) -> `linear_1.weight`, `linear_2.weight`, ..."""
-        parts = [(*name.split("."), tensor) for name, tensor in state.items()]
-        return {f"linear_{int(index) // 2 + 1}.{kind}": tensor for index, kind, tensor in parts}
+        """`0.weight`, `2.weight`, ... -> `linear_1.weight`, `linear_2.weight`, ..."""
+        weights = {}
+        for name, tensor in state.items():
+            index, kind = name.split(".")
+            # The original numbers activations too: layer k of its Sequential has the index 2 (k - 1).
+            weights[f"linear_{int(index) // 2 + 1}.{kind}"] = tensor
+        return weights
 
     def num_tokens(self, patches: int) -> int:
-        """One token a patch."""
+        """One token for each patch."""
         return patches
 
     def llava_projector(self) -> dict | None:
-        """Two layers are Llava's projector."""
+        """Llava's projector has exactly two layers."""
         return {"projector_hidden_act": self.act_name, "multimodal_projector_bias": True} if self.layers == 2 else None
 
     def forward(self, features: Tensor) -> Tensor:

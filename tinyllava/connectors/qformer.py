@@ -1,9 +1,9 @@
-"""`qformer`: BLIP-2's Q-Former (arXiv 2301.12597, section 3.1), so that any picture takes `num_queries` tokens.
+"""`qformer`: BLIP-2's Q-Former (arXiv 2301.12597, section 3.1). Every image takes `num_queries` tokens.
 
-Learned queries in a BERT that reads the features in every second layer.
+Learned queries run through a BERT that attends to the image features in every second layer.
 
-Further options are fields of transformers' `Blip2QFormerConfig`; its defaults are BERT base's, which the original
-TinyLLaVA Factory takes, with random weights too:
+All other options are fields of transformers' `Blip2QFormerConfig`. The defaults are those of BERT base, as in the
+original TinyLLaVA Factory, which also starts from random weights:
 
     connector: {qformer: {num_queries: 64, num_hidden_layers: 6}}
 """
@@ -23,7 +23,7 @@ class Connector(nn.Module):
         known = sorted({"num_queries", *Blip2QFormerConfig.__annotations__} - {"encoder_hidden_size"})
         unknown = [name for name in options if name not in known]
         if unknown:
-            raise UserError(f"connector qformer has no option {unknown[0]}. Known: {', '.join(known)}.")
+            raise UserError(f"connector qformer has no option '{unknown[0]}'. Known: {', '.join(known)}.")
         config = Blip2QFormerConfig(encoder_hidden_size=vision_dim, **options)
         if config.hidden_size % config.num_attention_heads:
             raise UserError(
@@ -37,7 +37,10 @@ class Connector(nn.Module):
 
     @staticmethod
     def from_original(state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Its BERT renamed. There the first norm has no weights (here: ones and zeros) and no embedding is in use."""
+        """Rename the BERT's weights, and leave out its word embeddings, which are never used.
+
+        The original's first norm has no weights. Ours has them: ones and zeros compute the same.
+        """
         dim = state["projector.weight"].shape[1]
         renamed = {
             name.replace("bert.", "qformer.", 1).replace("attention.self.", "attention.attention."): tensor
@@ -51,7 +54,7 @@ class Connector(nn.Module):
         return self.num_queries
 
     def forward(self, features: Tensor) -> Tensor:
-        """Let the queries read the features, and project what they found."""
+        """Let the queries attend to the features, and project their states."""
         queries = self.query_tokens.expand(len(features), -1, -1)
-        found = self.qformer(query_embeds=queries, encoder_hidden_states=features).last_hidden_state
-        return self.projector(found)
+        states = self.qformer(query_embeds=queries, encoder_hidden_states=features).last_hidden_state
+        return self.projector(states)

@@ -1,7 +1,7 @@
-"""Collator: items of a dataset -> one padded batch. Only copies: decoding and tokenising happened in the dataset.
+"""Collator: items of a dataset -> one padded batch. It only copies: the dataset has decoded and tokenised already.
 
-B: samples, L: the longest sample's positions, N: views of all pictures of the batch, in order of their samples. A
-picture that is not cut into tiles is one view.
+B: samples, L: the longest sample's positions, N: views of all images of the batch, in order of their samples. An
+image that is not cut into tiles is one view.
 """
 
 from typing import Any
@@ -10,11 +10,12 @@ import torch
 from PIL import Image
 
 from tinyllava.data.images import Pixels
+from tinyllava.data.labels import IGNORE
 from tinyllava.data.tiles import Grid
 
 
-def picture_inputs(pixels: Pixels, images: list[Image.Image], grids: list[Grid] | None) -> dict[str, Any]:
-    """The pictures of an item, as the Collator takes them. `grids` only where pictures are cut into tiles."""
+def make_image_inputs(pixels: Pixels, images: list[Image.Image], grids: list[Grid] | None) -> dict[str, Any]:
+    """The image entries of an item, as the Collator takes them. grids: only where images are cut into tiles."""
     if not images:
         return {"pixel_values": None}
     if grids is None:
@@ -23,9 +24,9 @@ def picture_inputs(pixels: Pixels, images: list[Image.Image], grids: list[Grid] 
 
 
 class Collator:
-    """Pads on the right: `pad_token_id` for ids, -100 for labels.
+    """Pads on the right: `pad_token_id` for ids, IGNORE for labels.
 
-    The attention mask comes from lengths: many tokenizers pad with the end-of-text token, which is also one to learn.
+    The attention mask comes from lengths: many tokenizers pad with the end-of-text token, which the model also learns.
     """
 
     def __init__(self, pad_token_id: int) -> None:
@@ -34,13 +35,13 @@ class Collator:
     def __call__(self, items: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """{"input_ids", "attention_mask", "labels": [B, L], "pixel_values": uint8 [N, 3, H, W], "index": [B]}, int64
 
-        "pixel_values" is absent if no sample has a picture; with tiles "image_grids" [pictures, 2] is beside it;
-        "skipped" (bool [B]) is there if a worker blanked a sample.
+        "pixel_values" is missing if no sample has an image. With tiles, "image_grids" [images, 2] is added. "skipped"
+        (bool [B]) is added if an image of a sample could not be read.
         """
         lengths = torch.tensor([len(item["input_ids"]) for item in items])
         shape = (len(items), int(lengths.max()))
         input_ids = torch.full(shape, self.pad_token_id)
-        labels = torch.full(shape, -100)
+        labels = torch.full(shape, IGNORE)
         for row, (item, length) in enumerate(zip(items, lengths.tolist(), strict=True)):
             input_ids[row, :length] = item["input_ids"]
             labels[row, :length] = item["labels"]
@@ -50,9 +51,9 @@ class Collator:
             "labels": labels,
             "index": torch.tensor([item["index"] for item in items]),
         }
-        pictures = [item["pixel_values"] for item in items if item["pixel_values"] is not None]
-        if pictures:
-            batch["pixel_values"] = torch.cat(pictures)
+        pixels = [item["pixel_values"] for item in items if item["pixel_values"] is not None]
+        if pixels:
+            batch["pixel_values"] = torch.cat(pixels)
         grids = [item["image_grids"] for item in items if "image_grids" in item]
         if grids:
             batch["image_grids"] = torch.cat(grids)

@@ -1,9 +1,9 @@
-"""SupervisedDataset: every sample checked, tokenised once and measured before training; pictures opened by the workers.
+"""SupervisedDataset: samples that are checked, tokenised and measured before training. Workers only open the images.
 
-    build_dataset(specs, template=t, tokenizer=tok, tokens_per_image=729, pixels=processor.pixels, max_length=2048)
+    build_dataset(specs, DataOptions(template, tokenizer, 729, processor.to_pixels, max_length=2048))
 
-The tokenised rows lie in a memory-mapped Arrow file of the cache; a worker process is handed file names and an index.
-Rows hold one <image> id per picture, which `__getitem__` expands, so the cache is as small as the text.
+The tokenised rows are in a memory-mapped Arrow file of the cache. A worker process receives only file names and an
+index. Rows hold one <image> id per image, and `__getitem__` expands it, so the cache stays small.
 """
 
 import copy
@@ -13,35 +13,38 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
 import torch
 from PIL import Image
 
+from tinyllava.cache import digest, find_cache_root, lock
 from tinyllava.config import DataSpec
-from tinyllava.data.cache import cache_root, digest, locked
-from tinyllava.data.collate import picture_inputs
+from tinyllava.data.bad_records import BadRecords, WorkerError, describe_bad_record
+from tinyllava.data.collate import make_image_inputs
 from tinyllava.data.encode import FEATURES, Encoder, encode_table, expand
-from tinyllava.data.images import Pixels, blank, open_image
+from tinyllava.data.images import make_blank_image, open_image
+from tinyllava.data.labels import IGNORE
+from tinyllava.data.options import DataOptions
 from tinyllava.data.sample import SampleError
-from tinyllava.data.screen import Report, WorkerError, bad_record, column, refuse, usable
-from tinyllava.data.sources import Source, read
-from tinyllava.data.spans import IGNORE
+from tinyllava.data.screen import find_usable, read_column
+from tinyllava.data.sources import Source, open_source
 from tinyllava.data.streaming import StreamingDataset
-from tinyllava.data.template import Template
-from tinyllava.data.tiles import Grid, Tiles, draft_size, image_tokens
+from tinyllava.data.template import image_token_id
+from tinyllava.data.tiles import Grid, count_image_tokens, to_draft_size
 from tinyllava.errors import UserError
 
-RECORDS_PER_PROCESS = 5_000  # five seconds of tokenising; a process takes one to start
+RECORDS_PER_PROCESS = 5_000  # five seconds of tokenising; a process takes one second to start
 
 
 class SupervisedDataset(torch.utils.data.Dataset):
     """Samples ready to train on.
 
-    lengths, supervised: exact positions after image expansion; supervised tokens after the causal shift. [len(self)]
-    ids: record ids. report: what was dropped or shortened, by kind. sources: one entry a data file, for the record.
+    lengths: exact positions of each sample after image expansion [len(self)]. supervised: its supervised tokens after
+    the causal shift [len(self)]. ids: record ids. bad_records: what was dropped or shortened, by kind. sources: an
+    entry for each data file, for the record of the run.
     """
 
     def __init__(
@@ -49,32 +52,30 @@ class SupervisedDataset(torch.utils.data.Dataset):
         rows: datasets.Dataset,
         origins: list[Source],
         index: np.ndarray,
+        options: DataOptions,
         *,
-        encoder: Encoder,
-        pixels: Pixels,
-        on_bad_sample: str,
-        draft: int | None,
         fingerprint: str,
-        report: Report,
-        sources: list[dict[str, Any]],
+        bad_records: BadRecords,
+        facts: list[dict[str, Any]],
     ) -> None:
         self.rows, self.origins, self.index = rows.with_format("arrow"), origins, index
         self.starts = np.cumsum([0, *map(len, origins)])  # rows of origin k: starts[k] to starts[k + 1]
-        self.image_token, self.tokens_per_image = encoder.image_token, encoder.tokens_per_image
-        self.tiled = encoder.tiles is not None
-        self.pixels, self.on_bad_sample, self.draft = pixels, on_bad_sample, draft
-        self.fingerprint, self.report, self.sources = fingerprint, report, sources
+        # Not `options` itself: this object is sent to every worker process, which needs neither template nor tokenizer.
+        self.image_token, self.tokens_per_image = image_token_id(options.tokenizer), options.tokens_per_image
+        self.tiled = options.tiles is not None
+        self.pixels, self.on_bad_sample, self.draft = options.pixels, options.on_bad_sample, options.draft
+        self.fingerprint, self.bad_records, self.sources = fingerprint, bad_records, facts
 
     def __len__(self) -> int:
         return len(self.index)
 
     @cached_property
     def lengths(self) -> np.ndarray:
-        return column(self.rows, "length")[self.index]
+        return read_column(self.rows, "length")[self.index]
 
     @cached_property
     def supervised(self) -> np.ndarray:
-        return column(self.rows, "supervised")[self.index]
+        return read_column(self.rows, "supervised")[self.index]
 
     @property
     def ids(self) -> Sequence[str]:
@@ -86,61 +87,61 @@ class SupervisedDataset(torch.utils.data.Dataset):
     def __getitem__(self, i: int) -> dict[str, Any]:
         """{"input_ids": int64 [L], "labels": int64 [L], "pixel_values": uint8 [views, 3, H, W] or None, "index": i}
 
-        With tiles "image_grids" is there too: int64 [n, 2], rows and columns of each picture.
+        With tiles it also has "image_grids": int64 [n, 2], rows and columns of each image.
 
-        With `on_bad_sample="skip"` a picture that cannot be read leaves the item in its place, nothing supervised and
-        "skipped": True, so the plan of the step stands and the trainer counts it. With "error" it raises UserError.
+        If an image cannot be read and `on_bad_sample` is "skip", the item has "skipped": True and nothing supervised.
+        The plan of the step then stays valid, and the trainer counts the item. With "error" it raises UserError.
         """
         row = int(self.index[i])
         cells = self.rows[row]
         ids, labels = (cells[name].combine_chunks().flatten().to_numpy() for name in ("input_ids", "labels"))
         grids = cells["grids"][0].as_py()
-        ids, labels = expand(ids, labels, self.image_token, image_tokens(self.tokens_per_image, grids))
+        ids, labels = expand(ids, labels, self.image_token, count_image_tokens(self.tokens_per_image, grids))
         images, error = self._open(row, cells["images"][0].as_py(), grids)
         if error is not None:
             if self.on_bad_sample == "error":
-                raise WorkerError(bad_record(cells["id"][0].as_py(), error))
+                raise WorkerError(describe_bad_record(cells["id"][0].as_py(), error))
             labels = np.full_like(labels, IGNORE)
         return {
             "input_ids": torch.from_numpy(ids.astype(np.int64)),
             "labels": torch.from_numpy(labels.astype(np.int64)),
-            **picture_inputs(self.pixels, images, grids if self.tiled else None),
+            **make_image_inputs(self.pixels, images, grids if self.tiled else None),
             "index": i,
             **({"skipped": True} if error is not None else {}),
         }
 
-    def images(self, i: int) -> list[Image.Image]:
-        """The pictures of sample `i`, as they come from disk; blank where one cannot be read."""
+    def load_images(self, i: int) -> list[Image.Image]:
+        """The images of sample `i` as they are on disk; a grey one in place of one that cannot be read."""
         row = int(self.index[i])
         cells = self.rows[row]
         return self._open(row, cells["images"][0].as_py(), cells["grids"][0].as_py())[0]
 
-    def subset(self, index: np.ndarray, name: str) -> "SupervisedDataset":
-        """The samples at `index` of `rows`; `name` tells its fingerprint from this one's."""
-        part = copy.copy(self)
-        part.__dict__ = {**self.__getstate__(), "index": index, "fingerprint": digest(self.fingerprint, name)}
-        return part
+    def select(self, index: np.ndarray, name: str) -> "SupervisedDataset":
+        """A dataset of the samples at `index` of `rows`. `name` makes its fingerprint differ from this dataset's."""
+        selection = copy.copy(self)
+        selection.__dict__ = {**self.__getstate__(), "index": index, "fingerprint": digest(self.fingerprint, name)}
+        return selection
 
     def _open(
         self, row: int, references: list[str | None], grids: list[Grid]
     ) -> tuple[list[Image.Image], SampleError | None]:
         origin = int(np.searchsorted(self.starts, row, side="right")) - 1
         source = self.origins[origin]
-        if None in references:  # pictures inside the record
-            record = source.record(row - int(self.starts[origin]))
+        if None in references:  # images inside the record
+            record = source.get_record(row - int(self.starts[origin]))
             references = source.to_sample(record).images[: len(references)]
         images, first_error = [], None
         for reference, grid in zip(references, grids, strict=True):
             try:
-                images.append(open_image(reference, source.roots, draft=draft_size(self.draft, grid)))
+                images.append(open_image(reference, source.roots, draft=to_draft_size(self.draft, grid)))
             except SampleError as error:
-                images.append(blank())
+                images.append(make_blank_image())
                 first_error = first_error or error
         return images, first_error
 
 
 class _Ids(Sequence):
-    """Record ids, read from the mapped file when asked for."""
+    """Record ids, read from the mapped file only when one is needed."""
 
     def __init__(self, dataset: SupervisedDataset) -> None:
         self.column, self.index = dataset.rows.data.column("id"), dataset.index
@@ -154,79 +155,77 @@ class _Ids(Sequence):
         return self.column[int(self.index[i])].as_py()
 
 
-def build_dataset(
-    specs: Sequence[DataSpec],
-    *,
-    template: Template,
-    tokenizer: Any,
-    tokens_per_image: int,
-    pixels: Pixels,
-    max_length: int,
-    on_bad_sample: str = "error",
-    seed: int = 0,
-    cache_dir: str | Path | None = None,
-    draft: int | None = None,
-    tiles: Tiles | None = None,
-) -> "SupervisedDataset | StreamingDataset":
-    """Everything in `specs`, checked and tokenised: a SupervisedDataset, or a StreamingDataset if the specs stream.
+def build_dataset(specs: Sequence[DataSpec], options: DataOptions) -> "SupervisedDataset | StreamingDataset":
+    """Check and tokenise everything in `specs`: a SupervisedDataset, or a StreamingDataset if the specs stream.
 
-    A spec's `weight` repeats it (2.0: twice an epoch) or draws from it (0.3: a seeded 30 %). Bad samples raise
-    UserError with counts and first ids, unless `on_bad_sample="skip"`: then they are dropped and counted in `report`.
-    `draft`: pixels of a view's side that are of use (see `open_image`); twice the side of the model's input is safe.
+    A spec's `weight` repeats it (2.0: twice an epoch) or draws from it (0.3: a seeded 30 %). Raises UserError for bad
+    samples, unless they are skipped, and when no sample is left.
     """
-    encoder = Encoder(template, tokenizer, tokens_per_image, max_length, tiles)
-    origins = [read(spec, cache_dir) for spec in specs]
-    if any(source.streaming for source in origins):
-        return StreamingDataset(
-            specs, origins, encoder, pixels=pixels, on_bad_sample=on_bad_sample, seed=seed, draft=draft
-        )
-    tables = [encoded(source, encoder, cache_root(cache_dir)) for source in origins]
-    report: Report = {}
-    index, described, start = [], [], 0
-    for number, (spec, source, table) in enumerate(zip(specs, origins, tables, strict=True)):
-        good = np.flatnonzero(usable(source, table, report))
-        drawn = weighted(good, spec.weight, seed=(seed, number))
-        index.append(drawn + start)
-        start += len(table)
-        described.append(
-            {
-                "path": spec.path,
-                "fingerprint": source.fingerprint,
-                "records": len(source),
-                "usable": len(good),
-                "weight": spec.weight,
-                "samples": len(drawn),
-            }
-        )
-    if on_bad_sample == "error":
-        refuse(report, specs, sum(map(len, origins)))
-    index = np.concatenate(index)
+    encoder = Encoder(options)
+    sources = [open_source(spec, options.cache_dir) for spec in specs]
+    if any(source.streaming for source in sources):
+        return StreamingDataset(specs, sources, encoder, options)
+    tables = [encode_source(source, encoder, find_cache_root(options.cache_dir)) for source in sources]
+    bad = BadRecords()
+    draws = [
+        draw_records(spec, source, table, bad, seed=(options.seed, number))
+        for number, (spec, source, table) in enumerate(zip(specs, sources, tables, strict=True))
+    ]
+    if options.on_bad_sample == "error":
+        bad.refuse(sum(map(len, sources)), specs[0].path if len(specs) == 1 else "RECIPE")
+    starts = np.cumsum([0, *map(len, sources)])  # one more than there are draws: the last is the end
+    index = np.concatenate([draw.rows + start for draw, start in zip(draws, starts, strict=False)])
     if not len(index):
-        raise UserError(f"no sample is left of {', '.join(spec.path for spec in specs)}: dropped {_counts(report)}.")
+        raise UserError(
+            f"no usable sample is left in {', '.join(spec.path for spec in specs)}: dropped {_format_counts(bad)}."
+        )
     return SupervisedDataset(
         datasets.concatenate_datasets(tables),
-        origins,
+        sources,
         index,
-        encoder=encoder,
-        pixels=pixels,
-        on_bad_sample=on_bad_sample,
-        draft=draft,
-        fingerprint=digest(encoder.identity(), *(source.fingerprint for source in origins), index.tobytes()),
-        report=report,
-        sources=described,
+        options,
+        fingerprint=digest(encoder.hash_options(), *(source.fingerprint for source in sources), index.tobytes()),
+        bad_records=bad,
+        facts=[draw.facts for draw in draws],
     )
 
 
-def _counts(report: Report) -> str:
-    return ", ".join(f"{entry['count']} {kind}" for kind, entry in report.items()) or "none, so a weight is too small"
+class Draw(NamedTuple):
+    """The rows of one source that are trained on, and its entry in the run's record."""
+
+    rows: np.ndarray
+    facts: dict[str, Any]
 
 
-def encoded(source: Source, encoder: Encoder, cache: Path) -> datasets.Dataset:
-    """The tokenised rows of `source`, one for one, from the cache or made now."""
-    key = digest(source.key, encoder.key(), *(source.roots if encoder.tiles else []))  # whose pictures were measured
+def draw_records(
+    spec: DataSpec, source: Source, table: datasets.Dataset, bad: BadRecords, seed: tuple[int, int]
+) -> Draw:
+    """The usable rows of `table`, as often as the spec's weight says. Bad rows are counted in `bad`."""
+    good = np.flatnonzero(find_usable(source, table, bad))
+    rows = apply_weight(good, spec.weight, seed)
+    facts = {
+        "path": spec.path,
+        "fingerprint": source.fingerprint,
+        "records": len(source),
+        "usable": len(good),
+        "weight": spec.weight,
+        "samples": len(rows),
+    }
+    return Draw(rows, facts)
+
+
+def _format_counts(bad: BadRecords) -> str:
+    counts = ", ".join(f"{entry['count']} {kind}" for kind, entry in bad.to_dict().items())
+    return counts or "none, so a weight is too small"
+
+
+def encode_source(source: Source, encoder: Encoder, cache: Path) -> datasets.Dataset:
+    """The tokenised rows of `source`, one for each record, from the cache or encoded now."""
+    measured_in = source.roots if encoder.tiles else []  # with tiles, a row depends on the size of its images
+    key = digest(source.key, encoder.hash_code(), *measured_in)
     target = cache / "tokenised" / f"{key}.arrow"
     processes = min(len(source) // RECORDS_PER_PROCESS, os.cpu_count() or 1)
-    with locked(target), _bars(len(source) >= RECORDS_PER_PROCESS and sys.stderr.isatty()):
+    with lock(target), _show_progress(len(source) >= RECORDS_PER_PROCESS and sys.stderr.isatty()):
         table = source.records.map(
             partial(encode_table, encoder=encoder, to_sample=source.to_sample, roots=source.roots),
             batched=True,
@@ -240,13 +239,13 @@ def encoded(source: Source, encoder: Encoder, cache: Path) -> datasets.Dataset:
             desc=f"Tokenising {source.path}",
         ).with_format(None)
         if encoder.tiles and {"missing_image", "unreadable_image"} & set(table.unique("problem")):
-            target.unlink(missing_ok=True)  # the file may be there, and whole, next time
+            target.unlink(missing_ok=True)  # next time the image may be there: do not keep the error in the cache
         return table
 
 
 @contextmanager
-def _bars(shown: bool) -> Iterator[None]:
-    """The progress bar of `datasets`, only where somebody waits and looks."""
+def _show_progress(shown: bool) -> Iterator[None]:
+    """Show the progress bar of `datasets` only if `shown`: in a terminal, for data that takes a while."""
     if shown or datasets.are_progress_bars_disabled():
         yield
         return
@@ -257,23 +256,23 @@ def _bars(shown: bool) -> Iterator[None]:
         datasets.enable_progress_bars()
 
 
-def weighted(rows: np.ndarray, weight: float, seed: Any) -> np.ndarray:
+def apply_weight(rows: np.ndarray, weight: float, seed: int | tuple[int, ...]) -> np.ndarray:
     """`rows` as often as `weight` says: whole passes, then a seeded draw without replacement for the fraction."""
     whole, fraction = int(weight), weight - int(weight)
     drawn = np.random.default_rng(seed).permutation(rows)[: round(fraction * len(rows))]
     return np.concatenate([*[rows] * whole, np.sort(drawn)]).astype(np.int64)
 
 
-def split(
+def hold_out(
     dataset: SupervisedDataset, holdout: float | int, seed: int = 0
 ) -> tuple[SupervisedDataset, SupervisedDataset]:
-    """(train, validation): a seeded fraction (below 1) or number of the records is held out, with all their repeats."""
+    """(train, validation): hold out a seeded fraction (below 1) or number of the records, with all their repeats."""
     rows = np.unique(dataset.index)
     count = round(holdout * len(rows)) if holdout < 1 else int(holdout)
     if not 0 < count < len(rows):
         raise UserError(
-            f"cannot hold out {holdout} of {len(rows)} records for validation: both parts need at least one."
+            f"cannot hold out {holdout} of {len(rows)} records for validation: both sides need at least one."
         )
     held = np.sort(np.random.default_rng(seed).permutation(rows)[:count])
     train = dataset.index[~np.isin(dataset.index, held)]
-    return dataset.subset(train, f"train {holdout} {seed}"), dataset.subset(held, f"validation {holdout} {seed}")
+    return dataset.select(train, f"train {holdout} {seed}"), dataset.select(held, f"validation {holdout} {seed}")

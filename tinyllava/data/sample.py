@@ -1,6 +1,6 @@
-"""Sample: the one record everything else speaks. Readers make it, templates render it, datasets load its pictures.
+"""Sample: one conversation with its images. Data formats create it, templates render it, datasets load its images.
 
-`<image>` in a message's text marks a picture, and the n-th mark is the n-th of `Sample.images`. Pure Python.
+`<image>` in a message's text marks an image, and the n-th mark is the n-th of `Sample.images`. Pure Python.
 
     Sample.from_llava({"id": "7", "image": "7.jpg", "conversations": [{"from": "human", "value": ...}, ...]})
     Sample.from_messages({"messages": [{"role": "user", "content": [{"type": "image", "url": "7.jpg"}, ...]}, ...]})
@@ -12,15 +12,15 @@ from typing import Any
 from tinyllava.errors import UserError
 
 IMAGE_TOKEN = "<image>"
-# A picture given as a part of a message's content stands for this text: the field's habit for a picture before its
-# question, and what our templates write for such a part.
+# The text for an image that is a part of a message's content. LLaVA writes an image before its question like this, and
+# so do our templates.
 IMAGE_PART = IMAGE_TOKEN + "\n"
 ROLES = {"human": "user", "gpt": "assistant"}  # LLaVA's names; system, user and assistant are understood as they are
-IMAGE_KEYS = ("image", "url", "path", "image_url")  # where an image part may hold its picture
+IMAGE_KEYS = ("image", "url", "path", "image_url")  # keys under which an image part may hold its image
 
 
 class SampleError(UserError):
-    """One sample is unusable. `kind` counts alike ones together: no_conversation, turn_order, placeholders, ..."""
+    """One sample cannot be used. `kind` says why in one word: no_conversation, turn_order, placeholders, ..."""
 
     def __init__(self, kind: str, text: str, sample_id: str = ""):
         super().__init__(kind, text, sample_id)
@@ -32,7 +32,7 @@ class SampleError(UserError):
 
 @dataclass
 class Message:
-    """One turn: who speaks (system, user or assistant), and the text with `<image>` where a picture stands."""
+    """One turn: its role (system, user or assistant), and its text with `<image>` in the place of each image."""
 
     role: str
     text: str
@@ -40,7 +40,7 @@ class Message:
 
 @dataclass
 class Sample:
-    """A conversation and its pictures, in order: paths, URLs, bytes, `{"bytes", "path"}` or PIL images."""
+    """A conversation and its images, in order: paths, URLs, bytes, `{"bytes", "path"}` or PIL images."""
 
     messages: list[Message]
     images: list[Any] = field(default_factory=list)
@@ -49,37 +49,39 @@ class Sample:
     @classmethod
     def from_llava(cls, record: dict[str, Any]) -> "Sample":
         """From `{"id", "image": str | list | None, "conversations": [{"from": human|gpt|system, "value"}]}`."""
-        sample_id = _identity(record)
-        turns = _turns(record, "conversations", "value", sample_id)
-        messages = [Message(_role(turn.get("from"), sample_id), _text(turn.get("value"), sample_id)) for turn in turns]
-        return cls(messages, _images(record), sample_id)
+        sample_id = _find_id(record)
+        turns = _find_turns(record, "conversations", "value", sample_id)
+        messages = [
+            Message(_read_role(turn.get("from"), sample_id), _read_text(turn.get("value"), sample_id)) for turn in turns
+        ]
+        return cls(messages, _list_images(record), sample_id)
 
     @classmethod
     def from_messages(cls, record: dict[str, Any]) -> "Sample":
         """From `{"messages": [{"role", "content": str | parts}], "images": [...]}`, the convention of the Hub.
 
-        Parts are `{"type": "text", "text"}` and `{"type": "image", ...}`; an image part without a picture of its own,
-        and every `<image>` inside a text, takes the next of the record's.
+        Parts are `{"type": "text", "text"}` and `{"type": "image", ...}`. An image part that holds no image, and every
+        `<image>` in a text, takes the next image of `images`.
         """
-        sample_id = _identity(record)
-        messages, images, waiting = [], [], _images(record)
-        for turn in _turns(record, "messages", "content", sample_id):
+        sample_id = _find_id(record)
+        messages, images, waiting = [], [], _list_images(record)
+        for turn in _find_turns(record, "messages", "content", sample_id):
             text, content = "", turn.get("content")
             for part in content if isinstance(content, list | tuple) else [{"type": "text", "text": content}]:
-                piece, own = _part(part, sample_id)
-                taken = 0 if own else piece.count(IMAGE_TOKEN)
-                images += own or waiting[:taken]
+                piece, embedded = _read_part(part, sample_id)
+                taken = 0 if embedded else piece.count(IMAGE_TOKEN)
+                images += embedded or waiting[:taken]
                 waiting, text = waiting[taken:], text + piece
-            messages.append(Message(_role(turn.get("role"), sample_id), text))
+            messages.append(Message(_read_role(turn.get("role"), sample_id), text))
         return cls(messages, images + waiting, sample_id)
 
     def to_messages(self, parts: bool = False) -> list[dict[str, Any]]:
-        """As chat templates take it: `[{"role", "content"}]` with `<image>` in the content, or a list of `parts`."""
-        content = _parts if parts else str
+        """The messages for a chat template: `[{"role", "content"}]` with `<image>` in the text, or with `parts`."""
+        content = _split_parts if parts else str
         return [{"role": message.role, "content": content(message.text)} for message in self.messages]
 
     def check(self) -> None:
-        """Raise SampleError unless it can be trained on: turns in order, all answered, as many `<image>` as images."""
+        """Raise SampleError unless turns are in order, all are answered, and there are as many `<image>` as images."""
         self.check_turns()
         marks, images = sum(message.text.count(IMAGE_TOKEN) for message in self.messages), len(self.images)
         if marks != images:
@@ -95,49 +97,50 @@ class Sample:
         for at, message in enumerate(turns):
             expected = ("user", "assistant")[at % 2]
             if message.role != expected:
-                raise SampleError("turn_order", f"turn {at + 1} is of '{message.role}', expected '{expected}'", self.id)
+                text = f"turn {at + 1} has the role '{message.role}', expected '{expected}'"
+                raise SampleError("turn_order", text, self.id)
             if message.role == "assistant" and IMAGE_TOKEN in message.text:
-                raise SampleError("placeholders", f"an answer holds {IMAGE_TOKEN}; only questions can", self.id)
+                raise SampleError("placeholders", f"an answer holds {IMAGE_TOKEN}; only a question can", self.id)
         if (turns[-1].role == "assistant") != answered:
-            must = "an answer" if answered else "a question"
-            raise SampleError("turn_order", f"it ends on the {turns[-1].role}'s turn, expected {must}", self.id)
+            wanted = "an answer" if answered else "a question"
+            raise SampleError("turn_order", f"it ends with a turn of the {turns[-1].role}, expected {wanted}", self.id)
 
 
-def _identity(record: dict[str, Any]) -> str:
+def _find_id(record: dict[str, Any]) -> str:
     return "" if record.get("id") is None else str(record["id"])
 
 
-def _images(record: dict[str, Any]) -> list[Any]:
-    """The record's own pictures: `image` or `images`, one or a list."""
-    found = record.get("images") or record.get("image") or []
-    return list(found) if isinstance(found, list | tuple) else [found]
+def _list_images(record: dict[str, Any]) -> list[Any]:
+    """The record's own images: `image` or `images`, one or a list."""
+    images = record.get("images") or record.get("image") or []
+    return list(images) if isinstance(images, list | tuple) else [images]
 
 
-def _turns(record: dict[str, Any], key: str, said: str, sample_id: str) -> list[dict[str, Any]]:
-    """The turns of a record, without a last one that leaves its answer open, as evaluation sets have it."""
+def _find_turns(record: dict[str, Any], key: str, text_key: str, sample_id: str) -> list[dict[str, Any]]:
+    """The turns of a record. A last turn whose answer is missing, as in evaluation sets, is left out."""
     turns = record.get(key)
     if not isinstance(turns, list | tuple) or not turns or not all(isinstance(turn, dict) for turn in turns):
-        raise SampleError("no_conversation", f"its '{key}' is no list of turns", sample_id)
+        raise SampleError("no_conversation", f"its '{key}' is not a list of turns", sample_id)
     last = turns[-1]
-    is_open = last.get(said) is None and (last.get("from") or last.get("role")) in ("gpt", "assistant")
+    is_open = last.get(text_key) is None and (last.get("from") or last.get("role")) in ("gpt", "assistant")
     return list(turns[:-1] if is_open else turns)
 
 
-def _part(part: Any, sample_id: str) -> tuple[str, list[Any]]:
-    """The text that stands for a part of a message's content, and the picture that it holds itself, if any."""
+def _read_part(part: Any, sample_id: str) -> tuple[str, list[Any]]:
+    """The text for one part of a message's content, and a list with the image that the part holds, if any."""
     kind = part.get("type") if isinstance(part, dict) else type(part).__name__
     if kind == "text":
-        return _text(part.get("text"), sample_id), []
+        return _read_text(part.get("text"), sample_id), []
     if kind not in ("image", "image_url"):
-        raise SampleError("placeholders", f"a part of type '{kind}' is neither text nor image", sample_id)
-    found = next((part[key] for key in IMAGE_KEYS if part.get(key) is not None), None)
-    if isinstance(found, dict) and found.get("url"):
-        found = found["url"]
-    return IMAGE_PART, [] if found is None else [found]
+        raise SampleError("placeholders", f"content of type '{kind}' is neither text nor image", sample_id)
+    image = next((part[key] for key in IMAGE_KEYS if part.get(key) is not None), None)
+    if isinstance(image, dict) and image.get("url"):
+        image = image["url"]
+    return IMAGE_PART, [] if image is None else [image]
 
 
-def _parts(text: str) -> list[dict[str, str]]:
-    """`<image>` and its line break as an image part, whose line break is the template's own, and a text part."""
+def _split_parts(text: str) -> list[dict[str, str]]:
+    """Split a text into text parts and image parts. The line break after `<image>` is left out: templates write it."""
     first, *rest = text.split(IMAGE_TOKEN)
     parts = [{"type": "text", "text": first}]
     for piece in rest:
@@ -145,15 +148,15 @@ def _parts(text: str) -> list[dict[str, str]]:
     return [part for part in parts if part.get("text") != ""]
 
 
-def _role(name: Any, sample_id: str) -> str:
+def _read_role(name: Any, sample_id: str) -> str:
     role = ROLES.get(name, name) if isinstance(name, str) else None
     if role not in ("system", "user", "assistant"):
         known = "human, gpt, system, user or assistant"
-        raise SampleError("turn_order", f"a turn is of {name!r}, expected {known}", sample_id)
+        raise SampleError("turn_order", f"a turn has the role {name!r}, expected {known}", sample_id)
     return role
 
 
-def _text(value: Any, sample_id: str) -> str:
+def _read_text(value: Any, sample_id: str) -> str:
     if not isinstance(value, str):
         raise SampleError("no_conversation", f"a turn's text is {type(value).__name__}, expected a string", sample_id)
     return value

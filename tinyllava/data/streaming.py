@@ -1,6 +1,6 @@
-"""StreamingDataset: the samples and checks of SupervisedDataset for data too large to keep, one record after the other.
+"""StreamingDataset: the same items and checks as SupervisedDataset, one after another, for data too large to keep.
 
-Nothing is known in advance: no length, no count. The planner takes windows of a global batch from it.
+Their lengths and their number are not known in advance. The planner takes windows of one global batch from it.
 """
 
 from collections.abc import Iterator, Sequence
@@ -10,34 +10,27 @@ import numpy as np
 import torch
 
 from tinyllava.config import DataSpec
-from tinyllava.data.collate import picture_inputs
+from tinyllava.data.bad_records import SHORTENED, BadRecords, WorkerError, describe_bad_record
+from tinyllava.data.collate import make_image_inputs
 from tinyllava.data.encode import Encoder, expand
-from tinyllava.data.images import Pixels, open_image
+from tinyllava.data.images import open_image
+from tinyllava.data.options import DataOptions
 from tinyllava.data.sample import Sample, SampleError
-from tinyllava.data.screen import Report, WorkerError, bad_record, note
 from tinyllava.data.sources import Source
-from tinyllava.data.tiles import draft_size, image_tokens
+from tinyllava.data.tiles import count_image_tokens, to_draft_size
 from tinyllava.errors import UserError
 
 
 class StreamingDataset(torch.utils.data.IterableDataset):
-    """Items as SupervisedDataset gives them, shuffled over a thousand at a time and by shards; several sources are
-    interleaved in proportion to their weights. The order is always the same, so a run goes on by skipping.
+    """A stream of items like those of SupervisedDataset.
 
-    `report` counts what this process dropped. DataLoader workers share a stream by its shards, as `datasets` does it: a
-    stream of one shard is read by one worker.
+    Shards are shuffled, and records in a buffer of a thousand. Several sources are mixed in proportion to their
+    weights. The order is the same in every run, so a run resumes by skipping. `bad_records` counts what this process
+    dropped.
     """
 
     def __init__(
-        self,
-        specs: Sequence[DataSpec],
-        origins: list[Source],
-        encoder: Encoder,
-        *,
-        pixels: Pixels,
-        on_bad_sample: str,
-        seed: int,
-        draft: int | None,
+        self, specs: Sequence[DataSpec], origins: list[Source], encoder: Encoder, options: DataOptions
     ) -> None:
         mapped = [spec.path for spec, source in zip(specs, origins, strict=True) if not source.streaming]
         if mapped:
@@ -45,9 +38,9 @@ class StreamingDataset(torch.utils.data.IterableDataset):
                 f"{mapped[0]} does not stream but others do. Set `streaming: true` for all data of a stage, or none."
             )
         self.origins, self.weights = origins, np.array([spec.weight for spec in specs])
-        self.encoder, self.pixels, self.draft = encoder, pixels, draft
-        self.on_bad_sample, self.seed = on_bad_sample, seed
-        self.report: Report = {}
+        self.encoder, self.pixels, self.draft = encoder, options.pixels, options.draft
+        self.on_bad_sample, self.seed = options.on_bad_sample, options.seed
+        self.bad_records = BadRecords()
         self.sources = [
             {"path": spec.path, "fingerprint": source.fingerprint, "weight": spec.weight, "streaming": True}
             for spec, source in zip(specs, origins, strict=True)
@@ -55,18 +48,18 @@ class StreamingDataset(torch.utils.data.IterableDataset):
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         index = 0
-        for source, record in self._records():
+        for source, record in self._mix_records():
             try:
-                item = self._item(source, source.to_sample(record))
+                item = self._make_item(source, source.to_sample(record))
             except SampleError as error:
                 if self.on_bad_sample == "error":
-                    raise WorkerError(bad_record(record["id"], error)) from None
-                note(self.report, error.kind, record["id"], error.text)
+                    raise WorkerError(describe_bad_record(record["id"], error)) from None
+                self.bad_records.add(error.kind, record["id"], error.text)
                 continue
             yield {**item, "index": index}
             index += 1
 
-    def _records(self) -> Iterator[tuple[Source, dict[str, Any]]]:
+    def _mix_records(self) -> Iterator[tuple[Source, dict[str, Any]]]:
         streams = [source.iterate(self.seed) for source in self.origins]
         open_streams = list(range(len(streams)))
         random = np.random.default_rng(self.seed)
@@ -79,19 +72,19 @@ class StreamingDataset(torch.utils.data.IterableDataset):
             else:
                 yield self.origins[chosen], record
 
-    def _item(self, source: Source, sample: Sample) -> dict[str, Any]:
+    def _make_item(self, source: Source, sample: Sample) -> dict[str, Any]:
         encoder, row = self.encoder, self.encoder.encode(sample, source.roots)
         if row["shortened"]:
-            note(self.report, "shortened", sample.id, row["detail"])
-        grids = row["grids"]  # shortening may have dropped the last pictures
-        counts = image_tokens(encoder.tokens_per_image, grids)
+            self.bad_records.add(SHORTENED, sample.id, row["detail"])
+        grids = row["grids"]  # shortening may have dropped the last images
+        counts = count_image_tokens(encoder.tokens_per_image, grids)
         ids, labels = expand(np.array(row["input_ids"]), np.array(row["labels"]), encoder.image_token, counts)
         images = [
-            open_image(image, source.roots, draft=draft_size(self.draft, grid))
+            open_image(image, source.roots, draft=to_draft_size(self.draft, grid))
             for image, grid in zip(sample.images, grids, strict=False)
         ]
         return {
             "input_ids": torch.from_numpy(ids),
             "labels": torch.from_numpy(labels),
-            **picture_inputs(self.pixels, images, grids if encoder.tiles else None),
+            **make_image_inputs(self.pixels, images, grids if encoder.tiles else None),
         }

@@ -1,11 +1,12 @@
-"""Tiles (any-resolution): a picture with more pixels than the vision tower sees is shown whole, and again in parts.
+"""Tiles (any resolution): the model sees a large image as a thumbnail, and again as tiles with more pixels.
 
     tiles = Tiles(limit=6, side=384)
-    tiles.grid((1024, 768))              # (2, 3): two rows of three tiles
-    image_tokens(729, [(2, 3), (1, 1)])  # [5105, 729] positions: seven views and a separator a row; one view
+    tiles.find_grid((1024, 768))               # (2, 3): two rows of three tiles
+    count_image_tokens(729, [(2, 3), (1, 1)])  # [5105, 729] positions: seven views and a separator a row; one view
 
-Its views are its thumbnail, which is the one view that it has without tiles, then its tiles row by row. Its tokens are
-theirs in this order, with a learned separator after each row of tiles, as LLaVA-NeXT's image_newline ends its rows.
+The views of an image are its thumbnail and then its tiles, row by row. Without tiles, the thumbnail is the only view.
+The tokens of the image are those of its views in this order. A learned separator follows each row of tiles, like
+LLaVA-NeXT's image_newline.
 """
 
 from collections.abc import Sequence
@@ -20,17 +21,17 @@ Grid = tuple[int, int]  # rows and columns of tiles; (1, 1) is the thumbnail alo
 
 @dataclass(frozen=True)
 class Tiles:
-    """How pictures are cut: into `limit` tiles at most, each of `side` x `side` pixels."""
+    """How images are cut: into `limit` tiles at most, each of `side` x `side` pixels."""
 
     limit: int
     side: int
 
-    def grid(self, size: tuple[int, int]) -> Grid:
-        """The grid of a picture of (width, height) pixels."""
-        return best_grid(*size, self.side, self.limit)
+    def find_grid(self, size: tuple[int, int]) -> Grid:
+        """The grid of an image of (width, height) pixels."""
+        return find_best_grid(*size, self.side, self.limit)
 
     def cut(self, image: Image.Image, grid: Grid, resample: int = Image.Resampling.BICUBIC) -> list[Image.Image]:
-        """The picture's tiles row by row: resized to the grid's pixels, so that none is padding. [] for (1, 1)"""
+        """The tiles of an image, row by row. It is first resized to fill the grid without padding. [] for (1, 1)."""
         rows, columns = grid
         if rows * columns == 1:
             return []
@@ -40,50 +41,57 @@ class Tiles:
 
 
 @lru_cache(maxsize=4096)
-def best_grid(width: int, height: int, side: int, limit: int) -> Grid:
-    """The grid that shows most of a picture's pixels for its tiles: highest `shown` x (`shown` / pixels of the grid).
+def find_best_grid(width: int, height: int, side: int, limit: int) -> Grid:
+    """The best grid of at most `limit` tiles for an image: highest `shown` x (`shown` / pixels of the grid).
 
-    `shown` is what a grid has room for with the aspect ratio kept, but never more than there is: LLaVA-NeXT's effective
-    resolution. The share of the grid that it fills keeps a small picture from being blown up (two tiles a side need
-    half their pixels, InternVL's threshold) and a 21:20 one from being stretched over 3 x 2. Ties: the fewest tiles.
+    `shown` is the number of the image's pixels that fit into the grid with the aspect ratio kept: LLaVA-NeXT's
+    effective resolution, at most width x height. The second factor, the filled share of the grid, prevents two faults:
+    enlarging a small image (a grid of two tiles a side requires half its pixels, InternVL's threshold), and stretching
+    a 21:20 image over 3 x 2 tiles. If grids are equal, the one with the fewest tiles is taken.
     """
 
-    def worth(grid: Grid) -> float:
+    def rate(grid: Grid) -> float:
         rows, columns = grid
         pixels = rows * columns * side**2
-        across, down = columns * height, rows * width  # equal where the grid has the picture's aspect ratio
+        across, down = columns * height, rows * width  # equal where the grid has the image's aspect ratio
         shown = min(pixels * min(across, down) / max(across, down), width * height)
         return shown * shown / pixels
 
     grids = [(rows, columns) for rows in range(1, limit + 1) for columns in range(1, limit // rows + 1)]
-    return max(sorted(grids, key=lambda grid: (grid[0] * grid[1], grid)), key=worth)
+    return max(sorted(grids, key=lambda grid: (grid[0] * grid[1], grid)), key=rate)
 
 
-def views(grid: Grid) -> int:
-    """Squares that the tower sees of a picture: its thumbnail, and its tiles."""
+def count_views(grid: Grid) -> int:
+    """The number of squares of an image that the tower sees: its thumbnail and its tiles."""
     tiles = grid[0] * grid[1]
     return 1 if tiles == 1 else 1 + tiles
 
 
-def image_tokens(each: int, grids: Sequence[Grid]) -> list[int]:
-    """Positions that each picture takes: `each` for a view, and one for a row of tiles."""
-    return [each * views(grid) + (grid[0] if views(grid) > 1 else 0) for grid in grids]
+def count_image_tokens(per_view: int, grids: Sequence[Grid]) -> list[int]:
+    """Positions that each image takes in the LLM: `per_view` for each view, and one for each row of tiles."""
+    return [per_view * count_views(grid) + (grid[0] if count_views(grid) > 1 else 0) for grid in grids]
 
 
-def draft_size(side: int | None, grid: Grid) -> tuple[int, int] | None:
-    """Width and height that are of use of a picture, where `side` pixels are of use of each of its views."""
+def to_draft_size(side: int | None, grid: Grid) -> tuple[int, int] | None:
+    """The useful width and height of an image with this grid, if `side` pixels are useful in each view.
+
+    None without `side`: all pixels are useful.
+    """
     rows, columns = grid
     return (side * columns, side * rows) if side else None
 
 
-def token_order(each: int, grids: Sequence[Grid]) -> list[np.ndarray]:
-    """For each picture, where its tokens lie among those of all views and the separator, [views * each + 1]."""
-    separator = each * sum(map(views, grids))
+def order_tokens(per_view: int, grids: Sequence[Grid]) -> list[np.ndarray]:
+    """For each image, the indices of its tokens among the tokens of all views and the separator.
+
+    The tokens of the views come first, `per_view` for each view, and then the separator.
+    """
+    separator = per_view * sum(map(count_views, grids))
     at, orders = 0, []
     for grid in grids:
-        rows, columns = grid if views(grid) > 1 else (0, 0)
-        tiles = np.arange(at + each, at + each * views(grid)).reshape(rows, columns * each)
-        ended = np.pad(tiles, ((0, 0), (0, 1)), constant_values=separator)
-        orders.append(np.concatenate([np.arange(at, at + each), ended.ravel()]))
-        at += each * views(grid)
+        rows, columns = grid if count_views(grid) > 1 else (0, 0)
+        tiles = np.arange(at + per_view, at + per_view * count_views(grid)).reshape(rows, columns * per_view)
+        ended = np.pad(tiles, ((0, 0), (0, 1)), constant_values=separator)  # a separator at the end of each row
+        orders.append(np.concatenate([np.arange(at, at + per_view), ended.ravel()]))
+        at += per_view * count_views(grid)
     return orders

@@ -1,6 +1,6 @@
-"""Questions in, answers and official scores out.
+"""Evaluation: ask a benchmark's questions, score the answers by its official rules, compare two models.
 
-`benchmarks/` holds one pure-Python file a benchmark (where its files lie, its prompts, its official rules); `tasks.py`
-finds one by its name. `run.py` asks a checkpoint and `score.py` reads an answers file; both end in `results.py`, with
-intervals, and `compare.py` tests two of those against each other. What users need to know is in docs/evaluation.md.
+`benchmarks/` has one pure-Python file per benchmark (where its files are, its prompts, its official rules); `tasks.py`
+finds one by its name. `run.py` asks a checkpoint, and `score.py` reads an answers file. `results.py` writes the scores
+of both, with intervals; `compare.py` tests two of them against each other. The users' page is docs/evaluation.md.
 """

@@ -1,6 +1,7 @@
-"""From questions to answers.jsonl: one line an answer, as they come, and on from there after a kill.
+"""Ask a model questions and append each answer to answers.jsonl at once. After a kill, run it again to resume.
 
-Several processes (workers.py) take chunks of questions in turns, each writing a file of its own; the first joins them.
+Several processes (workers.py) can share the questions. Each takes one chunk at a time and writes its own file. At the
+end, the first process joins the files.
 """
 
 from collections.abc import Iterator, Sequence
@@ -8,28 +9,29 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn
+from rich.progress import Task as BarTask
 from rich.text import Text
 
 from tinyllava.console import messages
 from tinyllava.data.sample import IMAGE_PART, IMAGE_TOKEN, Message, Sample
-from tinyllava.eval.answers import Answers, join_parts, line_of, part_of, read_answers
-from tinyllava.eval.benchmarks import Question, record_of
+from tinyllava.eval.answers import Answers, join_process_files, name_process_file, read_answers, to_line
+from tinyllava.eval.benchmarks import Question, to_answer_fields
 from tinyllava.eval.choose import Choice
 from tinyllava.eval.workers import Workers
 from tinyllava.infer import Session
 
-CHUNKS = 8  # for each process, so that none waits long for another at the end
+CHUNKS = 8  # for each process; with fewer, one process would wait long for another at the end
 
 
-def sample_of(question: Question, blind: bool = False) -> Sample:
-    """What the model is asked: the pictures before the prompt, as the original puts them; blind, the prompt alone."""
+def to_sample(question: Question, blind: bool = False) -> Sample:
+    """The sample that the model is asked: the images, then the prompt, as in the original. `blind`: only the prompt."""
     images = [] if blind else list(question.images)
     text = question.text.replace(IMAGE_TOKEN, "").strip()
     return Sample([Message("user", IMAGE_PART * len(images) + text)], images, question.id)
 
 
-def ask(
+def ask_questions(
     session: Session,
     questions: Sequence[Question],
     path: Path,
@@ -42,38 +44,40 @@ def ask(
     workers: Workers | None = None,
     **generation: Any,
 ) -> Answers:
-    """Ask what `path` does not answer yet, and append each answer to it; returns the answers to `questions`.
+    """Ask the questions that `path` does not answer yet, and append each answer to it.
 
-    Of several processes each asks a part, and all return when all is answered.
+    Returns the answers to all `questions`. With several processes, each asks some of the questions, and all return when
+    every question is answered.
     """
     workers = workers or Workers()
     path.parent.mkdir(parents=True, exist_ok=True)
     if workers.is_main:
-        join_parts(path)
+        join_process_files(path)
     workers.meet(f"{path} joined")
-    given = read_answers(path)
-    left = [question for question in questions if question.id not in given]
-    own = path if workers.count == 1 else part_of(path, workers.rank)
-    with own.open("a", encoding="utf-8") as file, _bar(progress and workers.is_main and bool(left)) as bar:
-        before = len(questions) - len(left)
+    answers = read_answers(path)
+    remaining = [question for question in questions if question.id not in answers]
+    process_file = path if workers.count == 1 else name_process_file(path, workers.rank)
+    show_bar = progress and workers.is_main and bool(remaining)
+    with process_file.open("a", encoding="utf-8") as file, _build_bar(show_bar) as bar:
+        before = len(questions) - len(remaining)
         row = bar.add_task(title, total=len(questions), completed=before, before=before)
-        for chunk in workers.take(f"{path} taken", chunks(left, workers.count)):
-            samples = [sample_of(question, blind) for question in chunk]
-            for index, text in _answers(session, chunk, samples, choice, batch_size, **generation):
+        for chunk in workers.take(f"{path} taken", split_chunks(remaining, workers.count)):
+            samples = [to_sample(question, blind) for question in chunk]
+            for index, text in _answer_chunk(session, chunk, samples, choice, batch_size, **generation):
                 question = chunk[index]
-                given[question.id] = {"id": question.id, **record_of(question), "text": text}
-                file.write(line_of(given[question.id]))
+                answers[question.id] = {"id": question.id, **to_answer_fields(question), "text": text}
+                file.write(to_line(answers[question.id]))
                 file.flush()
                 bar.update(row, completed=before + workers.add(f"{path} answered", 1))
     workers.meet(f"{path} answered by all")
     if workers.count > 1 and workers.is_main:
-        join_parts(path)
-        given = read_answers(path)
+        join_process_files(path)
+        answers = read_answers(path)
     workers.meet(f"{path} whole")
-    return {question.id: given[question.id] for question in questions if question.id in given}
+    return {question.id: answers[question.id] for question in questions if question.id in answers}
 
 
-def _answers(
+def _answer_chunk(
     session: Session,
     questions: Sequence[Question],
     samples: Sequence[Sample],
@@ -81,52 +85,58 @@ def _answers(
     batch_size: int | None,
     **generation: Any,
 ) -> Iterator[tuple[int, str]]:
-    """(index, answer): the likeliest of a question's options where a choice is asked for, else what the model says."""
-    options = [choice.options(question) if choice else () for question in questions]
-    closed = [index for index, own in enumerate(options) if own]
-    spoken = [index for index, own in enumerate(options) if not own]
+    """Yield (index, answer). With a `choice`, the answer is the likeliest of the options; without, it is generated."""
+    options = [choice.list_options(question) if choice else () for question in questions]
+    closed = [index for index in range(len(questions)) if options[index]]
+    generated = [index for index in range(len(questions)) if not options[index]]
     if closed:
-        asked, own = [samples[index] for index in closed], [options[index] for index in closed]
-        for at, found in session.loglikelihood_each(asked, own, batch_size):
-            yield closed[at], choice.pick(own[at], found)
-    for at, text in session.generate_each([samples[index] for index in spoken], batch_size, **generation):
-        yield spoken[at], text
+        closed_samples, closed_options = [samples[index] for index in closed], [options[index] for index in closed]
+        for position, likelihoods in session.loglikelihood_each(closed_samples, closed_options, batch_size):
+            yield closed[position], choice.pick(options[closed[position]], likelihoods)
+    for position, text in session.generate_each([samples[index] for index in generated], batch_size, **generation):
+        yield generated[position], text
 
 
-def chunks(questions: Sequence[Question], processes: int) -> list[list[Question]]:
-    """What a process takes at a time: all of them if it is alone, else some pictures with all their questions."""
+def split_chunks(questions: Sequence[Question], processes: int) -> list[list[Question]]:
+    """Split the questions into chunks, which a process takes one at a time. One process alone takes everything.
+
+    The questions on an image stay in one chunk, so that no image is encoded by two processes.
+    """
     size = len(questions) if processes == 1 else -(-len(questions) // (CHUNKS * processes))
-    made: list[list[Question]] = []
-    for group in by_picture(questions):
-        if not made or len(made[-1]) >= size:
-            made.append([])
-        made[-1] += group
-    return made
+    chunks: list[list[Question]] = []
+    for group in group_by_image(questions):
+        if not chunks or len(chunks[-1]) >= size:
+            chunks.append([])
+        chunks[-1] += group
+    return chunks
 
 
-def by_picture(questions: Sequence[Question]) -> list[list[Question]]:
-    """Questions on the same pictures together; each of those without a picture alone."""
+def group_by_image(questions: Sequence[Question]) -> list[list[Question]]:
+    """The questions in groups that have the same images. A question without an image is a group of its own."""
     groups: dict[Any, list[Question]] = {}
     for question in questions:
         groups.setdefault(question.images or question.id, []).append(question)
     return list(groups.values())
 
 
-def spread(questions: list[Question], limit: int | None) -> list[Question]:
-    """At most `limit` questions, evenly over the pictures, with all of a picture's: MME scores them together."""
+def pick_evenly(questions: list[Question], limit: int | None) -> list[Question]:
+    """At most `limit` questions, spread evenly over the images. The questions on an image stay together.
+
+    MME needs that: it scores both questions on an image as a pair.
+    """
     if limit is None or limit >= len(questions):
         return questions
-    pictures = by_picture(questions)
-    wanted = min(len(pictures), -(-limit * len(pictures) // len(questions)))
-    chosen = [question for at in range(wanted) for question in pictures[at * len(pictures) // wanted]]
-    return chosen[:limit]
+    groups = group_by_image(questions)
+    count = min(len(groups), -(-limit * len(groups) // len(questions)))
+    picked = [question for number in range(count) for question in groups[number * len(groups) // count]]
+    return picked[:limit]
 
 
 class _Speed(ProgressColumn):
-    """Questions a second and the time left, over the whole run: answers come in bursts, a batch at a time."""
+    """Show questions per second and the time left. Both are means over the run, because answers come in batches."""
 
-    def render(self, task: Task) -> Text:
-        """Empty until the first batch is done."""
+    def render(self, task: BarTask) -> Text:
+        """The text of the column; it is empty until the first batch is done."""
         new = task.completed - task.fields["before"]
         if not new or not task.elapsed:
             return Text("")
@@ -134,6 +144,6 @@ class _Speed(ProgressColumn):
         return Text(f"{new / task.elapsed:.1f}/s  {left} left")
 
 
-def _bar(shown: bool) -> Progress:
+def _build_bar(shown: bool) -> Progress:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Speed())
     return Progress(*columns, console=messages, disable=not shown)

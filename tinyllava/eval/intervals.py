@@ -1,10 +1,10 @@
-"""How sure a score is: 95 % bootstrap intervals.
+"""95 % bootstrap intervals of scores.
 
-Drawn are pictures, each with all questions on it, since those are not independent (so MME's pairs stay pairs too).
-A score is a function of sums over items (`tally` and `headline` of `tinyllava.eval.benchmarks`), so a draw is one
-product of how often each picture was drawn with the table of its sums.
+An image is drawn with all its questions, because questions on one image are not independent. This also keeps MME's
+pairs together. A score is a function of sums over items (`tally` and `headline` of a benchmark). So the sums of a draw
+are one matrix product: how often each image was drawn, times the table of each image's sums.
 
-Shapes: P pictures, K sums, D draws.
+Shapes: P images, K sums, D draws.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,57 +12,56 @@ from typing import Any
 
 import numpy as np
 
-from tinyllava.eval import benchmarks
+from tinyllava.eval.benchmarks import Benchmark, ScoredItem
 
-DRAWS = 2000
+DRAWS = 2000  # another seed then moves a bound by less than a tenth of a standard error
 SEED = 0
 LEVEL = (2.5, 97.5)  # percent
 
-Item = Mapping[str, Any]
 Interval = list[float]  # [low, high]
 
 
-class Sums:
-    """What each picture adds to the sums that a benchmark's score is made of."""
+class SumTable:
+    """What each image adds to the sums that a benchmark's score is made of."""
 
-    def __init__(self, benchmark: Any, items: Sequence[Item], pictures: Sequence[str]) -> None:
-        """`pictures` names each item's picture."""
-        tally = getattr(benchmark, "tally", benchmarks.tally)
-        self.headline = getattr(benchmark, "headline", benchmarks.headline)
-        self.names, self.table = _table([tally(item) for item in items], pictures)
+    def __init__(self, benchmark: Benchmark, items: Sequence[ScoredItem], images: Sequence[str]) -> None:
+        """Add up the items. `images`: the name of each item's image."""
+        self.benchmark = benchmark
+        self.names, self.table = _sum_by_image([benchmark.tally(item) for item in items], images)
 
-    def score(self) -> float:
+    def compute_score(self) -> float:
         """The score of all items."""
-        return self.headline(dict(zip(self.names, self.table.sum(0).tolist(), strict=True)))
+        return self.benchmark.headline(dict(zip(self.names, self.table.sum(0).tolist(), strict=True)))
 
-    def scores(self, drawn: np.ndarray) -> np.ndarray:
+    def compute_scores(self, drawn: np.ndarray) -> np.ndarray:
         """[D] scores of drawn sums [D, K]."""
-        return np.array([self.headline(dict(zip(self.names, row, strict=True))) for row in drawn.tolist()])
+        return np.array([self.benchmark.headline(dict(zip(self.names, row, strict=True))) for row in drawn.tolist()])
 
 
-def intervals(benchmark: Any, items: Sequence[Item]) -> tuple[Interval | None, dict[str, Interval]]:
+def compute_intervals(benchmark: Benchmark, items: Sequence[ScoredItem]) -> tuple[Interval | None, dict[str, Interval]]:
     """The interval of the score, in its scale, and of each category's mean (0..1).
 
-    None and {} for fewer than two pictures, and where a server scores.
+    (None, {}) if there are fewer than two images, or if only a server knows the scores.
     """
     items = [item for item in items if item["score"] is not None]
-    pictures = [picture(item) for item in items]
-    if len(set(pictures)) < 2:
+    images = [identify_image(item) for item in items]
+    if len(set(images)) < 2:
         return None, {}
-    sums = Sums(benchmark, items, pictures)
+    sums = SumTable(benchmark, items, images)
     shares = [{(item["category"], "score"): item["score"], (item["category"], "n"): 1} for item in items]
-    names, table = _table(shares, pictures)
+    names, table = _sum_by_image(shares, images)
     drawn = resample(np.hstack([sums.table, table]), DRAWS)
-    own, rest = drawn[:, : len(sums.names)], dict(zip(names, drawn[:, len(sums.names) :].T, strict=True))
+    columns = dict(zip(names, drawn[:, len(sums.names) :].T, strict=True))
     categories = {}
     for category in dict.fromkeys(item["category"] for item in items):
-        n = rest[category, "n"]
-        categories[category] = bounds(rest[category, "score"][n > 0] / n[n > 0])
-    return bounds(sums.scores(own)), categories
+        n = columns[category, "n"]
+        # A draw may hold no image of a rare category.
+        categories[category] = compute_bounds(columns[category, "score"][n > 0] / n[n > 0])
+    return compute_bounds(sums.compute_scores(drawn[:, : len(sums.names)])), categories
 
 
 def resample(table: np.ndarray, draws: int) -> np.ndarray:
-    """[D, K]: the sums over as many pictures as there are, drawn with replacement; the same on every machine."""
+    """The sums [D, K] of D draws. Each draws P of the P images with replacement; the same on every machine."""
     rng, count = np.random.default_rng(SEED), len(table)
     drawn = np.empty((draws, table.shape[1]))
     for row in drawn:
@@ -71,22 +70,23 @@ def resample(table: np.ndarray, draws: int) -> np.ndarray:
     return drawn
 
 
-def bounds(values: np.ndarray) -> Interval:
-    """The middle 95 % of drawn values."""
+def compute_bounds(values: np.ndarray) -> Interval:
+    """The bounds of the middle 95 % of drawn values."""
     return [float(value) for value in np.percentile(values, LEVEL)]
 
 
-def picture(item: Item) -> str:
-    """What an item is drawn with: its picture, or itself when it has none."""
-    return item["image"] or f"no picture: {item['id']}"
+def identify_image(item: ScoredItem) -> str:
+    """The name of what is drawn: the item's image, or the item itself if it has none."""
+    return item["image"] or f"no image: {item['id']}"
 
 
-def _table(tallies: Sequence[Mapping[Any, float]], pictures: Sequence[str]) -> tuple[list[Any], np.ndarray]:
-    """The names of all counts, and the sums [P, K] over each picture's items."""
-    rows = {name: row for row, name in enumerate(dict.fromkeys(pictures))}
+def _sum_by_image(tallies: Sequence[Mapping[Any, float]], images: Sequence[str]) -> tuple[list[Any], np.ndarray]:
+    """The names of all sums [K], and the table [P, K] of each image's sums."""
+    rows = {image: row for row, image in enumerate(dict.fromkeys(images))}
     columns = {name: column for column, name in enumerate(dict.fromkeys(name for tally in tallies for name in tally))}
     table = np.zeros((len(rows), len(columns)))
-    cells = [(rows[name], columns[count]) for name, tally in zip(pictures, tallies, strict=True) for count in tally]
-    at = np.array(cells, dtype=int).reshape(-1, 2)
-    np.add.at(table, (at[:, 0], at[:, 1]), [value for tally in tallies for value in tally.values()])
+    cells = [(rows[image], columns[name]) for image, tally in zip(images, tallies, strict=True) for name in tally]
+    places = np.array(cells, dtype=int).reshape(-1, 2)
+    # `add.at` and not `table[...] +=`, which would count a cell that occurs twice only once.
+    np.add.at(table, (places[:, 0], places[:, 1]), [value for tally in tallies for value in tally.values()])
     return list(columns), table

@@ -1,6 +1,6 @@
-"""The sample page: what was asked, shown and answered, in one HTML file that needs nothing else.
+"""Write the sample page of a task: some questions with their images and answers, in one HTML file.
 
-Pictures are embedded, so that the page can be mailed or kept with the results it belongs to.
+The images are embedded, so the page needs no other file. You can mail it, or keep it with its results.
 """
 
 import base64
@@ -14,11 +14,16 @@ from PIL import Image
 
 from tinyllava.data.images import open_image
 from tinyllava.eval.benchmarks import Question
-from tinyllava.eval.table import percent, span
+from tinyllava.eval.table import format_interval, format_percent
 
-SIDE = 320  # pixels of an embedded picture's longer side
-SMALL = 128  # pixels up to which a picture is kept exactly, and enlarged without blurring
+SIDE = 320  # pixels of an embedded image's longer side
+SMALL = 128  # pixels; an image of up to this size is embedded without loss, and enlarged without blur
 
+NOTE = (
+    "Without the image: the same questions, asked without their images (blind baseline). Most frequent answer: how"
+    " often it is right in the category (majority baseline). The red line in a bar is the better of these two"
+    " baselines: only an accuracy above it is more than a guess from the question."
+)
 STYLE = """
 :root { color-scheme: light dark; --line: #8884; --dim: #6b7280; --card: #f6f7f9; --good: #15803d; --bad: #b91c1c; }
 @media (prefers-color-scheme: dark) { :root { --dim: #9ca3af; --card: #1f2328; --good: #4ade80; --bad: #f87171; } }
@@ -41,30 +46,31 @@ article div { padding: .5rem .7rem .7rem; overflow-wrap: anywhere; }
 """.strip()
 
 
-def sample_page(
+def write_sample_page(
     results: Mapping[str, Any],
     questions: Sequence[Question],
     answers: Mapping[str, Mapping[str, Any]],
     path: Path,
     count: int = 24,
 ) -> None:
-    """Write `path`: a task's score table, and `count` of its questions with their pictures, as many right as wrong.
+    """Write a page with a task's score table and `count` of its questions, right and wrong answers in turn.
 
-    `results` is the task's entry in results.json with its scored `items`; `answers` are its records by question id.
+    `results` is the task's entry in results.json and its scored `items`. `answers` are its records by question id.
     """
     by_id = {question.id: question for question in questions}
-    cards = [_card(by_id[item["id"]], item, answers[item["id"]]["text"]) for item in choose(results["items"], count)]
+    picked = pick_items(results["items"], count)
+    cards = [_render_card(by_id[item["id"]], item, answers[item["id"]]["text"]) for item in picked]
     title, score = escape(results["title"]), results["score"]
     number = "not scored here" if score is None else f"{score:.1f}"
-    sure = f", 95 % interval {span(results['interval'])}" if results["interval"] else ""
+    interval = f", 95 % interval {format_interval(results['interval'])}" if results["interval"] else ""
     path.write_text(
         f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{title}: {number}</title><style>{STYLE}</style></head><body>
 <h1>{title}: {number}</h1>
-<p>{escape(results["metric"])}, {results["n"]:,} questions{sure}</p>
-{_table(results["categories"])}
-<h2>{len(cards)} of them, right and wrong answers in turn</h2>
+<p>{escape(results["metric"])}, {results["n"]:,} questions{interval}</p>
+{_render_table(results["categories"])}
+<h2>{len(cards)} questions, with right and wrong answers in turn</h2>
 <main>{"".join(cards)}</main>
 </body></html>
 """,
@@ -72,24 +78,24 @@ def sample_page(
     )
 
 
-def choose(items: Sequence[Mapping[str, Any]], count: int) -> list[Mapping[str, Any]]:
-    """`count` items, taking turns between categories and, inside each, between right and wrong answers."""
+def pick_items(items: Sequence[Mapping[str, Any]], count: int) -> list[Mapping[str, Any]]:
+    """Choose `count` items: from the categories in turn and, in each category, right and wrong answers in turn."""
     queues: dict[str, list[Mapping[str, Any]]] = {}
     for category in dict.fromkeys(item["category"] for item in items):
-        own = [item for item in items if item["category"] == category]
-        right = [item for item in own if (item["score"] or 0) >= 0.5]
-        wrong = [item for item in own if (item["score"] or 0) < 0.5]
-        both = max(len(right), len(wrong))
-        queues[category] = [pile[at] for at in range(both) for pile in (right, wrong) if at < len(pile)]
-    chosen: list[Mapping[str, Any]] = []
+        group = [item for item in items if item["category"] == category]
+        right = [item for item in group if (item["score"] or 0) >= 0.5]
+        wrong = [item for item in group if (item["score"] or 0) < 0.5]
+        turns = range(max(len(right), len(wrong)))
+        queues[category] = [half[turn] for turn in turns for half in (right, wrong) if turn < len(half)]
+    picked: list[Mapping[str, Any]] = []
     for turn in range(max(map(len, queues.values()), default=0)):
-        chosen += [queue[turn] for queue in queues.values() if turn < len(queue)]
-    chosen = chosen[:count]
-    return sorted(chosen, key=lambda item: list(queues).index(item["category"]))
+        picked += [queue[turn] for queue in queues.values() if turn < len(queue)]
+    picked = picked[:count]
+    return sorted(picked, key=lambda item: list(queues).index(item["category"]))
 
 
-def _table(categories: Mapping[str, Mapping[str, Any]]) -> str:
-    """The score table; the red line in a bar is the better one of blind and majority."""
+def _render_table(categories: Mapping[str, Mapping[str, Any]]) -> str:
+    """Render the score table. The red line in a bar is the better baseline: without the image, or majority."""
     if not categories:
         return ""
     rows = []
@@ -97,30 +103,30 @@ def _table(categories: Mapping[str, Mapping[str, Any]]) -> str:
         best = max(row["blind"] or 0.0, row["majority"] or 0.0)
         bar = f'<i style="width:{100 * row["accuracy"]:.1f}%"></i><b style="left:{100 * best:.1f}%"></b>'
         bar = f'<span class="bar">{bar}</span>'
-        cells = (percent(row[key]) for key in ("accuracy", "blind", "majority"))
+        cells = (format_percent(row[key]) for key in ("accuracy", "blind", "majority"))
         numbers = "".join(f"<td>{cell}</td>" for cell in cells)
         rows.append(f"<tr><td>{escape(name)}</td><td>{bar}</td>{numbers}<td>{row['n']:,}</td></tr>")
-    head = "<tr><th></th><th></th><th>accuracy</th><th>blind</th><th>majority</th><th>n</th></tr>"
-    note = "Blind: asked without the picture. Majority: always the most frequent answer. Red: the better of the two."
-    return f"<table>{head}{''.join(rows)}</table>\n<p>{note}</p>"
+    names = ("category", "", "accuracy, %", "without the image, %", "most frequent answer, %", "questions")
+    head = f"<tr>{''.join(f'<th>{name}</th>' for name in names)}</tr>"
+    return f"<table>{head}{''.join(rows)}</table>\n<p>{NOTE}</p>"
 
 
-def _card(question: Question, item: Mapping[str, Any], answer: str) -> str:
-    pictures = "".join(f'<img alt="" loading="lazy" {_embedded(image)}>' for image in question.images[:1])
+def _render_card(question: Question, item: Mapping[str, Any], answer: str) -> str:
+    images = "".join(f'<img alt="" loading="lazy" {_embed_image(image)}>' for image in question.images[:1])
     verdict = "" if item["score"] is None else "right" if item["score"] >= 0.5 else "wrong"
     mark = {"right": "✓ ", "wrong": "✗ "}.get(verdict, "")
-    wanted = ""
+    expected = ""
     if verdict == "wrong" and isinstance(question.answer, str | int):
-        wanted = f'<br><span class="tag">expected: {escape(str(question.answer))}</span>'
+        expected = f'<br><span class="tag">expected: {escape(str(question.answer))}</span>'
     return (
-        f'<article>{pictures}<div><span class="tag">{escape(question.category)}</span>'
+        f'<article>{images}<div><span class="tag">{escape(question.category)}</span>'
         f'<div class="question" style="padding:0">{escape(question.text)}</div>'
-        f'<span class="{verdict}">{mark}{escape(answer) or "(nothing)"}</span>{wanted}</div></article>\n'
+        f'<span class="{verdict}">{mark}{escape(answer) or "(no text)"}</span>{expected}</div></article>\n'
     )
 
 
-def _embedded(reference: str) -> str:
-    """The attributes of an <img> that holds the picture itself."""
+def _embed_image(reference: str) -> str:
+    """The attributes of an <img> element that holds the image itself."""
     image = open_image(reference)
     small = max(image.size) <= SMALL
     image.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)

@@ -1,15 +1,20 @@
-"""Ask a checkpoint a benchmark's questions, and score its answers: `tinyllava eval CHECKPOINT --tasks stamps,pope`.
+"""Evaluate a checkpoint: ask the questions of benchmarks and score the answers.
 
-    OUTPUT/results.json                    the scores, and how they were made
-    OUTPUT/eval/TASK/answers.jsonl         one line a question, written as they come: after a kill, start it again
-                     answers_blind.jsonl   the same questions, asked without their pictures
-                     items.jsonl           what was read out of each answer, and its score
-                     samples.html          some of them with their pictures
+    tinyllava eval CHECKPOINT --tasks stamps,pope
+
+It writes these files:
+
+    OUTPUT/results.json                    the scores, and the conditions they were made under
+    OUTPUT/eval/TASK/answers.jsonl         one line per question, appended at once: run it again to resume after a kill
+                     answers_blind.jsonl   the same questions, asked without the images
+                     items.jsonl           each parsed answer, and its score
+                     samples.html          some questions and answers with their images
                      ...                   metrics.json, made_with.json, files for servers and official tools
 
-Blind: the pictures and their `<image>` are taken out of the prompt, so that the model answers from the question and
-from what it knows about answers. (A grey picture would be one it never saw in training, and test its confusion.)
-Majority: always the answer that is most often right in the category. What an accuracy is worth lies above both.
+Blind baseline: the model is asked without the images and without their `<image>` placeholders. It can use only the
+question and what it knows about answers. (A grey image instead would be unlike all training images, so it would test
+how the model reacts to a strange image.) Majority baseline: always the most frequent right answer of the category. Only
+an accuracy above both baselines shows that the model uses the image.
 """
 
 import hashlib
@@ -17,24 +22,24 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tinyllava.data.cache import digest
-from tinyllava.data.images import absent
+from tinyllava.cache import digest
+from tinyllava.data.images import find_file_fault
 from tinyllava.errors import UserError
-from tinyllava.eval import results as record
-from tinyllava.eval.answers import Answers, claim
-from tinyllava.eval.ask import ask, sample_of, spread
-from tinyllava.eval.benchmarks import fingerprint as data_fingerprint
-from tinyllava.eval.judging import judging
-from tinyllava.eval.page import sample_page
+from tinyllava.eval.answers import Answers, claim_folder
+from tinyllava.eval.ask import ask_questions, pick_evenly, to_sample
+from tinyllava.eval.benchmarks import Question, Root, hash_questions
+from tinyllava.eval.judging import set_judge
+from tinyllava.eval.page import write_sample_page
+from tinyllava.eval.results import RESULTS, build_entry, load_results, save_details, save_entry, strip_placeholder
 from tinyllava.eval.tasks import Task, find_task
 from tinyllava.eval.workers import Workers
 from tinyllava.infer import Session
 
 
-def evaluate(
+def evaluate_tasks(
     session: Session,
     tasks: Sequence[str | Task],
-    root: str | Path | None,
+    root: Root | None,
     output: Path,
     batch_size: int | None = None,
     limit: int | None = None,
@@ -43,39 +48,38 @@ def evaluate(
     judge: str | None = None,
     workers: Workers | None = None,
 ) -> dict[str, Any]:
-    """Ask and score `tasks`, whose data lie under `root`; returns what `output`/results.json then holds.
+    """Ask and score `tasks`, whose data are under `root`; returns the new content of `output`/results.json.
 
-    Everything is looked for before anything is asked. `limit`: at most so many questions a task, evenly spread.
-    `blind`: all of them once more without pictures, as stamps does anyway. `judge`: see `tinyllava.eval.judging`.
-    `workers`: all these processes ask, and the first scores and returns. Other tasks stay, if of this checkpoint.
-    Raises UserError for an unknown task, a layout or a picture not there.
+    All tasks are checked before the first question is asked. `limit`: the largest number of questions per task.
+    `blind`: also ask everything without the images, as stamps always does. `judge`: see `tinyllava.eval.judging`.
+    `workers`: all these processes ask; only the first one scores, and the others return {}. Entries of other tasks stay
+    if they belong to this checkpoint. Raises UserError for an unknown task, and for missing data files or images.
     """
     output = Path(output)
-    record.load(output / record.RESULTS)
-    found = [find_task(task) if isinstance(task, str) else task for task in tasks]
-    jobs = [Job(task, root, session, output, limit, blind, judge) for task in found]
-    made, results, workers = made_with(session), {}, workers or Workers()
+    load_results(output / RESULTS)  # raises before the work if the file there is not ours
+    tasks = [find_task(task) if isinstance(task, str) else task for task in tasks]
+    jobs = [Job(task, root, session, output, limit, blind, judge) for task in tasks]
+    conditions, results, workers = describe_conditions(session), {}, workers or Workers()
     for job in jobs:
-        entry = job.run(session, made, batch_size, progress, workers)
-        if entry is None:
-            continue
-        results = record.save(output, made, job.task, entry, checkpoint=str(session.path))
+        entry = job.ask_and_score(session, conditions, batch_size, progress, workers)
+        if entry is not None:
+            results = save_entry(output, conditions, job.task, entry, checkpoint=str(session.path))
     return results
 
 
-def made_with(session: Session) -> dict[str, Any]:
-    """What decides a model's answers, but for questions and decoding."""
+def describe_conditions(session: Session) -> dict[str, Any]:
+    """Everything that decides a model's answers, except for questions and decoding."""
     config, template = session.model.config.text_config, session.template
     return {
-        "checkpoint": fingerprint(session.path),
+        "checkpoint": hash_checkpoint(session.path),
         "template": {"name": template.name, "compat": template.compat, "source": digest(template.source)},
         "dtype": str(session.model.dtype).removeprefix("torch."),
         "attention": config._attn_implementation,
     }
 
 
-def fingerprint(directory: Path) -> str:
-    """A hash of what a checkpoint computes: weights, config, tokenizer and image processor, wherever it lies."""
+def hash_checkpoint(directory: Path) -> str:
+    """A hash of a checkpoint's weights, config, tokenizer and image processor. Its path does not change it."""
     hasher = hashlib.sha256()
     names = ("config.json", "tokenizer.json", "processor_config.json", "preprocessor_config.json")
     for path in sorted(directory.iterdir()):
@@ -87,78 +91,81 @@ def fingerprint(directory: Path) -> str:
 
 
 class Job:
-    """One task: its questions, and the folder that its answers go to."""
+    """One task to run: its questions, and the folder for its answers."""
 
     def __init__(
         self,
         task: Task,
-        root: str | Path | None,
+        root: Root | None,
         session: Session,
         output: Path,
         limit: int | None,
         blind: bool,
         judge: str | None = None,
     ) -> None:
-        """Find and read everything that asking needs."""
-        self.task, self.folder = task, output / "eval" / task.name
+        """Read the questions and check their images. Raises UserError if anything is missing."""
+        self.folder = output / "eval" / task.name
         trained_on = [source["path"] for source in session.record.get("run", {}).get("data", [])]
-        self.root, self.blind = task.place(root, trained_on), blind or getattr(task.benchmark, "BLIND", False)
-        self.judging = judging(task, judge, self.folder)
-        everything = task.questions(self.root)
-        if not all(question.text for question in everything):
-            raise UserError(f"{task.name}: the files in {self.root} hold answers, and no prompts to ask.")
-        self.asked = digest(*sorted((question.id, question.text) for question in everything))
-        self.data = {
-            "root": str(self.root),
-            "fingerprint": data_fingerprint(everything),
-            "questions": len(everything),
-        }
-        self.questions = spread(everything, limit)
-        pictures = dict.fromkeys(image for question in self.questions for image in question.images)
-        missing = [error for picture in pictures if (error := absent(picture, ()))]
-        if missing:
-            count = f"{len(missing)} of its {len(pictures)}"
-            raise UserError(f"{task.name}: {count} pictures cannot be read: {missing[0]}.")
-        self.prompts = {question.id: record.bare(question.text) for question in self.questions}
+        self.root, self.blind = task.locate(root, trained_on), blind or task.benchmark.asks_blind
+        self.task = set_judge(task, judge, self.folder)
+        questions = task.benchmark.questions(self.root)
+        if not questions:
+            raise UserError(f"{task.name} has no questions: nothing was found in {self.root}. Check --data.")
+        if not all(question.text for question in questions):
+            raise UserError(f"{task.name}: the files in {self.root} have no prompts, so nothing can be asked.")
+        self.prompts_hash = digest(*sorted((question.id, question.text) for question in questions))
+        self.data = {"root": str(self.root), "fingerprint": hash_questions(questions), "questions": len(questions)}
+        self.questions = pick_evenly(questions, limit)
+        self.prompts = {question.id: strip_placeholder(question.text) for question in self.questions}
+        check_images(task.name, self.questions)
 
-    def run(
-        self, session: Session, made: dict[str, Any], batch_size: int | None, progress: bool, workers: Workers
+    def ask_and_score(
+        self, session: Session, conditions: dict[str, Any], batch_size: int | None, progress: bool, workers: Workers
     ) -> dict[str, Any] | None:
-        """Ask what is not answered yet, score, write the task's files; returns its entry in results.json.
+        """Ask the remaining questions, score all answers and write the task's files; returns its entry in results.json.
 
-        None in all processes but the first.
+        Returns None in all processes except the first.
         """
-        decoding = {"temperature": 0.0, "max_new_tokens": self.task.benchmark.MAX_NEW_TOKENS}
-        data, choice = self.data["fingerprint"], self.task.choice
-        if choice:
-            decoding["options"] = choice.name
+        decoding = {"temperature": 0.0, "max_new_tokens": self.task.benchmark.max_new_tokens}
+        options = {**decoding, "progress": progress, "batch_size": batch_size, "workers": workers}
+        if self.task.choice:
+            decoding["options"], options["choice"] = self.task.choice.name, self.task.choice
         if workers.is_main:
-            claim(self.folder, {**made, "data": data, "prompts": self.asked, "decoding": decoding})
-        options = {"progress": progress, "batch_size": batch_size, "choice": choice, "workers": workers}
-        options |= {"temperature": 0.0, "max_new_tokens": decoding["max_new_tokens"]}
-        answers = ask(session, self.questions, self.folder / "answers.jsonl", title=self.task.title, **options)
-        unseen = None
+            asked = {"data": self.data["fingerprint"], "prompts": self.prompts_hash, "decoding": decoding}
+            claim_folder(self.folder, {**conditions, **asked})
+        path, title = self.folder / "answers.jsonl", self.task.title
+        answers = ask_questions(session, self.questions, path, title=title, **options)
+        blind_answers = None
         if self.blind:
-            options |= {"blind": True, "title": f"{self.task.title}, blind"}
-            unseen = ask(session, self.questions, self.folder / "answers_blind.jsonl", **options)
+            path = self.folder / "answers_blind.jsonl"
+            title = f"{title}, without the images"
+            blind_answers = ask_questions(session, self.questions, path, title=title, blind=True, **options)
         if not workers.is_main:
             return None
-        result, unseen = self.score(answers), self.score(unseen) if unseen is not None else None
-        entry = record.entry(
+        result = self.score(answers)
+        entry = build_entry(
             self.task,
             result,
             self.prompts,
-            unseen,
+            None if blind_answers is None else self.score(blind_answers),
             n=len(self.questions),
             decoding=decoding,
-            prompt=session.template.prompt(sample_of(self.questions[0]), session.tokenizer)["text"],
+            prompt=session.template.encode_prompt(to_sample(self.questions[0]), session.tokenizer)["text"],
             data=self.data,
         )
-        record.save_details(self.folder, result, self.prompts)
-        sample_page({**entry, "items": result["items"]}, self.questions, answers, self.folder / "samples.html")
+        save_details(self.folder, result, self.prompts)
+        page = self.folder / "samples.html"
+        write_sample_page({**entry, "items": result["items"]}, self.questions, answers, page)
         return entry
 
     def score(self, answers: Answers) -> dict[str, Any]:
-        """The benchmark's own result."""
-        pairs = [(question, answers[question.id]) for question in self.questions]
-        return self.task.evaluate(self.root, pairs, **self.judging)
+        """The result of the answers, as the benchmark's `evaluate` returns it."""
+        return self.task.evaluate(self.root, [(question, answers[question.id]) for question in self.questions])
+
+
+def check_images(name: str, questions: Sequence[Question]) -> None:
+    """Raise UserError if images of the questions cannot be read. The error has their number and the first of them."""
+    images = dict.fromkeys(image for question in questions for image in question.images)
+    errors = [error for image in images if (error := find_file_fault(image, ()))]
+    if errors:
+        raise UserError(f"{name}: {len(errors)} of its {len(images)} images cannot be read: {errors[0]}.")

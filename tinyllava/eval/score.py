@@ -1,95 +1,107 @@
-"""Match an answers file, ours or the original's, to a benchmark's questions, and score it.
+"""Score an answers file, in our format or the original's: match its answers to a benchmark's questions by id.
 
-Answers are matched by id, and strictly: a missing, repeated or unknown answer is an error with the counts.
-`--allow-partial` instead scores what is there as the official script would, and records the counts.
+Missing, repeated and unknown answers are an error that names their counts. With `--allow-partial`, the answers that
+match are scored as the official script does, and the counts are recorded.
 """
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tinyllava.errors import UserError
-from tinyllava.eval.benchmarks import Question, fingerprint, record_of
-from tinyllava.eval.benchmarks._files import read_json
+from tinyllava.eval.benchmarks import Answer, Benchmark, Pair, Question, Root, hash_questions, to_answer_fields
+from tinyllava.eval.benchmarks._files import read_json_file
 from tinyllava.eval.tasks import Task, find_task
 
 ID_FIELDS = ("question_id", "questionId", "id")  # ours and LLaVA's, GQA's, MMMU's
 TEXT_FIELDS = ("text", "response", "prediction", "answer")  # ours and LLaVA's, MMMU's, GQA's, VQAv2's
-FIRST = 3  # examples of what does not fit
+FIRST = 3  # examples in an error
 
-Answer = dict[str, Any]
-Pair = tuple[Question, Answer | None]
+
+class Match(NamedTuple):
+    """Questions with their answers, in the order of the questions, and the ids that do not match."""
+
+    pairs: list[Pair]
+    counts: dict[str, int]
+    examples: dict[str, list[str]]  # the first missing, duplicate and unknown ids
 
 
 def score_answers(
-    task: str | Task, root: str | Path | None, answers: str | Path, *, allow_partial: bool = False, **options: Any
+    task: str | Task, root: Root | None, answers: str | Path, *, allow_partial: bool = False, **options: Any
 ) -> dict[str, Any]:
-    """What `evaluate` returns (see `tinyllava.eval.benchmarks`), with `task`, `title`, `scorer`, answer `counts`,
-    the `prompts` that the answers file tells, by id, and the fingerprint of the `data`.
+    """Score an answers file; returns what the benchmark's `evaluate` returns, and a few fields more.
 
-    `options` beside those of the task's variant (gqa: consistency; pope: eps; mmmu: unparsed; mmvet: grades, ask, ...).
+    They are `task`, `title`, `scorer`, the `counts` of answers, the `prompts` of the file by question id, and the hash
+    of the `data`. `options`: options of the benchmark, such as gqa's consistency, pope's eps or mmvet's grades. Raises
+    UserError if the answers do not match the questions.
     """
-    task = find_task(task) if isinstance(task, str) else task
-    task.check(options)
-    root = task.place(root)
-    questions = task.references(root, **options)
-    records, broken = read_answers(Path(answers))
+    task = (find_task(task) if isinstance(task, str) else task).set_options(**options)
+    root = task.locate(root)
+    questions = task.benchmark.references(root)
+    if not questions:
+        raise UserError(f"{task.name} has no questions: nothing was found in {root}. Check --data.")
+    records, broken_lines = read_answers_file(Path(answers))
     try:
-        pairs, counts, examples = match(task.benchmark, questions, records)
-    except UserError as error:  # a prompt that no question can be read out of
+        pairs, counts, examples = match_answers(task.benchmark, questions, records)
+    except UserError as error:  # the benchmark's `key` found no question in a prompt
         raise UserError(f"{answers}: {error}") from None
-    counts["broken"], examples["broken"] = len(broken), [f"line {number} is no JSON" for number in broken]
-    trouble = [_sentence(name, counts[name], examples[name]) for name in examples if counts[name]]
-    if trouble and not allow_partial:
+    counts["broken"], examples["broken"] = len(broken_lines), [f"line {number} is not JSON" for number in broken_lines]
+    problems = [_count_problem(name, counts[name], examples[name]) for name in examples if counts[name]]
+    if problems and not allow_partial:
         raise UserError(
-            f"{answers} does not answer the {len(questions)} questions of {task.name} one by one: "
-            f"{', '.join(trouble)}.\n--allow-partial scores what is there."
+            f"{answers} does not have one answer to each of the {len(questions)} questions of {task.name}: "
+            f"{', '.join(problems)}.\n--allow-partial scores the answers that match."
         )
     if all(record is None for _, record in pairs):
-        raise UserError(f"no answer in {answers} belongs to a question of {task.name}; is it of another task or data?")
-    data = {"fingerprint": fingerprint(questions), "questions": len(questions)}
-    made_by = {"task": task.name, "title": task.title, "scorer": task.benchmark.SCORER, "counts": counts}
+        raise UserError(
+            f"no answer in {answers} belongs to a question of {task.name}. Is the file for another task or other data?"
+        )
+    data = {"fingerprint": hash_questions(questions), "questions": len(questions)}
+    facts = {"task": task.name, "title": task.title, "scorer": task.benchmark.scorer, "counts": counts}
     prompts = {question.id: record["prompt"] for question, record in pairs if record and record["prompt"]}
-    return made_by | task.evaluate(root, pairs, **options) | {"prompts": prompts, "data": data}
+    return facts | task.evaluate(root, pairs) | {"prompts": prompts, "data": data}
 
 
-def _sentence(what: str, count: int, examples: list[str]) -> str:
+def _count_problem(name: str, count: int, examples: list[str]) -> str:
     more = ", ..." if count > FIRST else ""
-    return f"{count} {what} ({', '.join(examples[:FIRST])}{more})"
+    return f"{count} {name} ({', '.join(examples[:FIRST])}{more})"
 
 
-def read_answers(path: Path) -> tuple[list[Answer], list[int]]:
-    """The answer records in `path` with their `line`, and the numbers of lines that are no JSON, torn ones among them.
+def read_answers_file(path: Path) -> tuple[list[Answer], list[int]]:
+    """The answer records in `path`, each with its `line`, and the numbers of the lines that are not JSON.
 
-    JSON lines {question_id, text, prompt}; the official results files: a list of records or one object id -> answer; or
-    MMMU's folder of SUBJECT/output.json.
+    `path` is a file of JSON lines {question_id, text, prompt}; or an official results file, which is a list of records
+    or an object id -> answer; or MMMU's folder with SUBJECT/output.json. A killed script leaves an incomplete line.
     """
     if not path.exists():
         raise UserError(f"there is no answers file {path}.")
     if path.is_dir():
         files = sorted(path.glob("*/output.json"))
         if not files:
-            raise UserError(f"{path} is a folder without SUBJECT/output.json in it: expected an answers file.")
-        return [_record(one, file, line) for file in files for line, one in enumerate(read_json(file), start=1)], []
-    data = path.read_bytes()  # a kill can tear a character apart: bytes, decoded line by line
-    found: list[tuple[int, Any]] = []
-    broken: list[int] = []
+            raise UserError(
+                f"{path} is a folder without SUBJECT/output.json. Give an answers file, or MMMU's folder of answers."
+            )
+        numbered_by_file = {file: enumerate(read_json_file(file), start=1) for file in files}
+        return [_to_answer(raw, file, line) for file, lines in numbered_by_file.items() for line, raw in lines], []
+    data = path.read_bytes()  # bytes, decoded line by line, because a kill can cut inside a character
+    numbered: list[tuple[int, Any]] = []
+    broken_lines: list[int] = []
     try:
-        whole = json.loads(data)  # also true of JSON lines that are one line
-        if isinstance(whole, dict) and not any(name in whole for name in ID_FIELDS):
-            whole = [{"question_id": qid, "text": answer} for qid, answer in whole.items()]
-        found = list(enumerate(whole if isinstance(whole, list) else [whole], start=1))
+        document = json.loads(data)  # this also reads a file of JSON lines that has only one line
+        if isinstance(document, dict) and not any(name in document for name in ID_FIELDS):
+            document = [{"question_id": qid, "text": answer} for qid, answer in document.items()]
+        numbered = list(enumerate(document if isinstance(document, list) else [document], start=1))
     except ValueError:
         for number, line in enumerate(data.split(b"\n"), start=1):
             try:
-                found += [(number, json.loads(line))] if line.strip() else []
+                numbered += [(number, json.loads(line))] if line.strip() else []
             except ValueError:
-                broken.append(number)
-    return [_record(one, path, number) for number, one in found], broken
+                broken_lines.append(number)
+    return [_to_answer(raw, path, number) for number, raw in numbered], broken_lines
 
 
-def _record(raw: Any, path: Path, line: int) -> Answer:
-    """The record with question_id, text and prompt, whatever its format calls them."""
+def _to_answer(raw: Any, path: Path, line: int) -> Answer:
+    """Add question_id, text and prompt to a record, whatever their names are in its format."""
     fields = raw if isinstance(raw, dict) else {}
     qid = next((fields[name] for name in ID_FIELDS if name in fields), None)
     text = next((fields[name] for name in TEXT_FIELDS if name in fields), None)
@@ -102,30 +114,31 @@ def _record(raw: Any, path: Path, line: int) -> Answer:
     return {**fields, "question_id": qid, "text": text, "prompt": prompt, "line": line}
 
 
-def match(
-    benchmark: Any, questions: list[Question], records: list[Answer]
-) -> tuple[list[Pair], dict[str, int], dict[str, list[str]]]:
-    """Pairs in the order of the questions (None: no answer), counts, and the first answers that do not fit."""
-    key = getattr(benchmark, "key", lambda record: str(record["question_id"]))
-    asked: dict[str, list[Question]] = {}
+def match_answers(benchmark: Benchmark, questions: list[Question], records: list[Answer]) -> Match:
+    """Match answers to questions by the benchmark's `key`. Several questions with one key are matched in their order.
+
+    Raises UserError if the benchmark finds no question in a prompt.
+    """
+    questions_by_key: dict[str, list[Question]] = {}
     for question in questions:
-        asked.setdefault(key(record_of(question)), []).append(question)
-    given: dict[str, list[Answer]] = {name: [] for name in asked}
+        questions_by_key.setdefault(benchmark.key(to_answer_fields(question)), []).append(question)
+    answers_by_key: dict[str, list[Answer]] = {key: [] for key in questions_by_key}
     unknown: list[Answer] = []
     for record in records:
-        given.get(key(record), unknown).append(record)
+        answers_by_key.get(benchmark.key(record), unknown).append(record)
     pairs: list[Pair] = []
     missing, duplicate = [], []
-    for name, group in asked.items():
-        found = given[name]
-        extra = max(0, len(found) - len(group))
-        duplicate += [group[-1].id] * extra
-        if extra and getattr(benchmark, "COUNT_DUPLICATES", False):
-            group = group + [group[-1]] * extra
-        found = found[-len(group) :] + [None] * (len(group) - len(found))
-        missing += [q.id for q, record in zip(group, found, strict=True) if record is None and q.required]
-        pairs += [(q, record) for q, record in zip(group, found, strict=True) if record is not None or q.required]
-    stray = {"missing": missing, "duplicate": duplicate, "unknown": [record["question_id"] for record in unknown]}
+    for key, group in questions_by_key.items():
+        answers = answers_by_key[key]
+        surplus = max(0, len(answers) - len(group))
+        duplicate += [group[-1].id] * surplus
+        if surplus and benchmark.counts_duplicates:
+            group = group + [group[-1]] * surplus
+        # The last answers count: official scripts let a later line replace an earlier one.
+        matched = answers[-len(group) :] + [None] * (len(group) - len(answers))
+        missing += [q.id for q, record in zip(group, matched, strict=True) if record is None and q.required]
+        pairs += [(q, record) for q, record in zip(group, matched, strict=True) if record is not None or q.required]
+    misfits = {"missing": missing, "duplicate": duplicate, "unknown": [record["question_id"] for record in unknown]}
     counts = {"questions": len(questions), "answers": len(records)}
-    counts |= {what: len(ids) for what, ids in stray.items()}
-    return pairs, counts, {what: [repr(one) for one in ids[:FIRST]] for what, ids in stray.items()}
+    counts |= {name: len(ids) for name, ids in misfits.items()}
+    return Match(pairs, counts, {name: [repr(qid) for qid in ids[:FIRST]] for name, ids in misfits.items()})

@@ -1,22 +1,24 @@
-"""What `--tasks` and `tinyllava score` name: a benchmark, one of its variants, or a JSONL of the user's own.
+"""Find the tasks that `--tasks` and `tinyllava score` name.
 
-    pope   vqav2-val   textvqa-test-no-ocr   path/to/my.jsonl
+    pope   vqav2-val   textvqa-test-no-ocr      a benchmark, or one of its variants
+    path/to/my.jsonl                            your own questions
+    my_package.my_module:MyBenchmark            your own benchmark
 
-A variant is the benchmark's name with words of its VARIANTS after it: a split, another prompt, an official rule that we
-do not follow by default. Results are kept under the whole name, so that numbers of two variants never meet.
+The name of a variant is the benchmark's name and then words of its `variants`: a split, another prompt, or an official
+rule that is not the default here. Results are stored under the whole name, so that two variants are never mixed.
 """
 
-from dataclasses import dataclass, field
-from inspect import signature
+from collections.abc import Iterable
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from tinyllava.errors import UserError
-from tinyllava.eval.benchmarks import Question
-from tinyllava.eval.choose import Choice, choice_of, split_choice
+from tinyllava.eval.benchmarks import Benchmark, Pair, Root
+from tinyllava.eval.choose import Choice, build_choice, split_choice
 from tinyllava.factory import Factory
 
-SUFFIX = ".jsonl"
+JSONL = ".jsonl"
 
 
 @dataclass(frozen=True)
@@ -24,87 +26,67 @@ class Task:
     """A benchmark with the options of one variant."""
 
     name: str  # its key in results.json, and its folder in eval/
-    benchmark: Any
-    options: dict[str, Any] = field(default_factory=dict)
-    file: Path | None = None  # the user's own questions, which need no data folder
-    choice: Choice | None = None  # options are chosen by likelihood; None: answers are said in words
+    title: str  # its name in tables
+    benchmark: Benchmark
+    file: Path | None = None  # a user's own questions; they require no data folder
+    choice: Choice | None = None  # how an option is chosen by likelihood; None: answers are generated
 
-    @property
-    def title(self) -> str:
-        """What tables call it."""
-        rest = self.name.partition("-")[2] if self.options or self.choice else ""
-        return self.name if self.file else f"{self.benchmark.TITLE} {rest}".rstrip()
+    def check_root(self, root: Root | None) -> None:
+        """Raise UserError if the task requires --data ROOT and `root` is None."""
+        if root is None and self.file is None and self.benchmark.needs_root:
+            folder = self.benchmark.folder
+            content = f", a folder that contains {folder}/" if folder else ""
+            raise UserError(f"{self.name} requires its data: give --data ROOT{content}.")
 
-    def needs_data(self) -> bool:
-        """Whether it must be told where its data lie."""
-        return self.file is None and not hasattr(self.benchmark, "locate")
+    def locate(self, root: Root | None, trained_on: Iterable[str] = ()) -> Root:
+        """Find the task's data; returns the `root` for the benchmark. Raises UserError if there are none."""
+        self.check_root(root)
+        return self.file or self.benchmark.locate(root, trained_on)
 
-    def place(self, root: str | Path | None, trained_on: list[str] | None = None) -> str | Path:
-        """Where its data lie. Raises UserError when nobody says."""
-        if self.file is not None:
-            return self.file
-        if hasattr(self.benchmark, "locate"):
-            return self.benchmark.locate(root, trained_on or [])
-        if root is None:
-            raise UserError(
-                f"{self.name} needs its data: give --data ROOT, a folder with {self.benchmark.FOLDER}/ in it."
-            )
-        return root
-
-    def questions(self, root: str | Path) -> list[Question]:
-        """What to ask."""
-        return self.benchmark.questions(root, **_among(self.options, self.benchmark.questions))
-
-    def references(self, root: str | Path, **options: Any) -> list[Question]:
-        """What scoring needs of the questions."""
-        return self._references(root, **_among(self.options | options, self._references))
-
-    def evaluate(self, root: str | Path, pairs: list[tuple[Question, Any]], **options: Any) -> dict[str, Any]:
-        """The benchmark's own result."""
-        function = self.benchmark.evaluate
-        result = function(root, pairs, **_among(self.options | options, function))
+    def evaluate(self, root: Root, pairs: list[Pair]) -> dict[str, Any]:
+        """The benchmark's result. With a choice by likelihood, its metric says so."""
+        result = self.benchmark.evaluate(root, pairs)
         return result | {"metric": f"{result['metric']}, by {self.choice.name}"} if self.choice else result
 
-    def check(self, options: dict[str, Any]) -> None:
-        """Raise UserError for an option that neither the benchmark's `evaluate` nor its `references` takes."""
-        known = _takes(self.benchmark.evaluate) | _takes(self._references)
+    def set_options(self, **options: Any) -> "Task":
+        """A copy of this task with other options of its benchmark. Raises UserError for an unknown option."""
+        known = sorted(option.name for option in fields(self.benchmark))
         for name in options:
             if name not in known:
-                raise UserError(f"{self.name} has no option '{name}'. It takes: {', '.join(sorted(known)) or 'none'}.")
-
-    def is_judged(self) -> bool:
-        """Whether a language model grades its answers."""
-        return "ask" in _takes(self.benchmark.evaluate)
-
-    @property
-    def _references(self) -> Any:
-        return getattr(self.benchmark, "references", self.benchmark.questions)
-
-
-def _among(options: dict[str, Any], function: Any) -> dict[str, Any]:
-    return {name: value for name, value in options.items() if name in _takes(function)}
-
-
-def _takes(function: Any) -> set[str]:
-    return set(signature(function).parameters) - {"root", "pairs"}
+                raise UserError(f"{self.name} has no option '{name}'. It takes: {', '.join(known) or 'none'}.")
+        benchmark = replace(self.benchmark, **options)
+        choice = self.choice._replace(benchmark=benchmark) if self.choice else None
+        return replace(self, benchmark=benchmark, choice=choice)
 
 
 def find_task(name: str) -> Task:
-    """The task of that name. Raises UserError for an unknown benchmark or variant, with the known ones."""
-    asked, per_token = split_choice(name)
-    if asked.endswith(SUFFIX):
-        if not Path(asked).is_file():
-            raise UserError(f"there is no file {asked}. A task of your own is a JSONL of questions and answers.")
-        benchmark, own = Factory("benchmarks").get("custom"), Path(asked).stem + name.removeprefix(asked)
-        return Task(own, benchmark, file=Path(asked), choice=choice_of(name, benchmark, per_token))
-    benchmark, options = Factory("benchmarks").resolve(asked, {})
-    return Task(name, benchmark, options, choice=choice_of(name, benchmark, per_token))
+    """Find a task by its name. The UserError for an unknown benchmark or variant lists the known ones."""
+    short_name, per_token = split_choice(name)
+    if short_name.endswith(JSONL):
+        file = Path(short_name)
+        if not file.is_file():
+            raise UserError(f"there is no file {short_name}. Give a JSONL file of questions and answers.")
+        benchmark, key = Factory("benchmarks").get("custom")(), file.stem + name.removeprefix(short_name)
+        return Task(key, key, benchmark, file, build_choice(name, benchmark, per_token))
+    benchmark_class, options = resolve_benchmark(short_name)
+    benchmark = benchmark_class(**options)
+    choice = build_choice(name, benchmark, per_token)
+    words = (name.partition(":")[2] or name).partition("-")[2] if options or choice else ""
+    return Task(name, f"{benchmark.title} {words}".rstrip(), benchmark, choice=choice)
+
+
+def resolve_benchmark(name: str) -> tuple[type[Benchmark], dict[str, Any]]:
+    """The class of a benchmark and the options that the variant in its name stands for."""
+    benchmark, options = Factory("benchmarks").resolve(name, {})
+    if not (isinstance(benchmark, type) and issubclass(benchmark, Benchmark)):
+        raise UserError(f"{name} is not a benchmark: its class must inherit from tinyllava.eval.benchmarks.Benchmark.")
+    return benchmark, options
 
 
 def find_tasks(names: list[str]) -> list[Task]:
-    """The tasks of these names. Raises UserError when two would share a name, and so their results."""
+    """Find several tasks. Raises UserError if two have the same name, because they would overwrite each other."""
     tasks = [find_task(name) for name in names]
     for number, task in enumerate(tasks):
-        if task.name in (other.name for other in tasks[:number]):
-            raise UserError(f"two tasks are called '{task.name}'. Name each once; rename a file of your own.")
+        if task.name in (earlier.name for earlier in tasks[:number]):
+            raise UserError(f"two tasks are called '{task.name}'. Give each task once, or rename your file.")
     return tasks

@@ -1,7 +1,8 @@
-"""A loaded checkpoint that answers: chat, evaluation and serving all go through a `Session`.
+"""Inference: a `Session` answers with a loaded checkpoint, for chat, evaluation and serving. Read session.py first.
 
-`session.py` talks and batches, `engine.py` runs the LLM, `prefix.py` says what of a batch is computed once,
-`pictures.py` encodes every picture once, `likelihood.py` scores given answers, `find.py` looks for checkpoints.
+`session.py` keeps conversations and answers batches. `engine.py` runs the LLM. `prefix.py` computes shared prefixes of
+prompts once. `image_encoder.py` encodes every image once. `answer.py` decodes answers from token ids. `likelihood.py`
+scores given answers. `prompts.py` groups prompts into batches. `find.py` finds checkpoints and devices.
 """
 
 from tinyllava.infer.find import find_checkpoint

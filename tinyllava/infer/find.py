@@ -1,4 +1,4 @@
-"""Which checkpoint a path means, and which device a name means."""
+"""Find the checkpoint for a path or a name, and the device for a name."""
 
 import json
 import logging
@@ -10,24 +10,25 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, HTTPError, LocalEntryNotFoundError
 
+from tinyllava import checkpoint
 from tinyllava.errors import UserError
-from tinyllava.model import checkpoint
-from tinyllava.model.parts import NANO, hub_answers, located
+from tinyllava.model.parts import NANO, is_hub_reachable, locate_part
 
 logger = logging.getLogger("tinyllava")
 
 
 def find_checkpoint(path: str | Path) -> Path:
-    """The checkpoint that `path` means: itself; a stage's final, else newest one; a run's last stage's; the Hub's; or
-    the one that comes with the package, `nano` (a string: a Path of that name, and "./nano", are a folder).
+    """The directory of the checkpoint at `path`.
 
-    Half-written ones do not count. Raises UserError, with what was looked for, when there is none.
+    path: a checkpoint; a stage (its final or newest checkpoint); a run (that of its last stage); a model on the Hub; or
+    the string `nano`, the model of the package. Incomplete checkpoints are skipped. Raises UserError, with the places
+    searched, when there is none.
     """
-    if path == NANO:
-        return Path(located("model", NANO))
+    if path == NANO:  # only the string: Path("nano") is a folder of the user's
+        return Path(locate_part("model", NANO))
     name, path = str(path), Path(path).expanduser()
     if not path.is_dir():
-        return from_hub(name)
+        return download_checkpoint(name)
     if (path / "config.json").is_file():
         return path
     run = path / "run.json"
@@ -35,42 +36,43 @@ def find_checkpoint(path: str | Path) -> Path:
     folders = [path / stage for stage in reversed(list(stages))] or [path]
     for folder in folders:
         numbered = sorted(folder.glob("checkpoint-*[0-9]"), key=lambda p: int(p.name.split("-")[-1]), reverse=True)
-        whole = next((candidate for candidate in [folder / "final", *numbered] if _is_whole(candidate)), None)
+        whole = next((candidate for candidate in [folder / "final", *numbered] if _is_loadable(candidate)), None)
         if whole:
             return whole
     looked = ", ".join(f"{folder}/final, {folder}/checkpoint-N" for folder in folders)
-    raise UserError(f"there is no whole checkpoint in {path}: looked for {path}/config.json, {looked}.")
+    raise UserError(f"no complete checkpoint in {path}. Looked for {path}/config.json, {looked}.")
 
 
-def from_hub(name: str) -> Path:
-    """The checkpoint that the Hub has under USER/NAME, downloaded once. Raises UserError when there is none."""
-    remedy = "Give a checkpoint, a run such as runs/quickstart, USER/NAME of a model on the Hub, or nano."
+def download_checkpoint(name: str) -> Path:
+    """Download the Hub's model USER/NAME, once. Raises UserError when there is none."""
+    remedy = "Give a checkpoint, a run such as runs/quickstart, a model on the Hub as USER/NAME, or nano."
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        raise UserError(f"{name} is no directory. {remedy}")
+        raise UserError(f"{name} is not a directory. {remedy}")
     try:
-        return Path(snapshot_download(name, local_files_only=not hub_answers()))
+        return Path(snapshot_download(name, local_files_only=not is_hub_reachable()))
     except (HTTPError, HFValidationError, LocalEntryNotFoundError):
-        where = "is not on the Hub, or is private" if hub_answers() else "the Hub cannot be reached"
-        raise UserError(f"{name} is no directory, not in the Hub's cache, and {where}. {remedy}") from None
+        where = "is not on the Hub, or is private" if is_hub_reachable() else "the Hub cannot be reached"
+        raise UserError(f"{name} is not a directory, not in the Hub's cache, and {where}. {remedy}") from None
 
 
-def _is_whole(directory: Path) -> bool:
+def _is_loadable(directory: Path) -> bool:
+    """Whether a checkpoint exists and is complete. An incomplete one is logged."""
     if not directory.is_dir():
         return False
     try:
         checkpoint.read_record(directory)
     except UserError as error:
-        logger.warning("passed over: %s", error)
+        logger.warning("skipped: %s", error)
         return False
     return True
 
 
 def find_device(name: str | torch.device | None) -> torch.device:
-    """The device of this name; by default the accelerator, under torchrun one for each process, else the CPU."""
-    best = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-    known = sorted({"cpu", best.type})
-    if str(name or best).partition(":")[0] not in known:
+    """The device `name`. By default the accelerator (with torchrun, one for each process), else the CPU."""
+    default = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    known = sorted({"cpu", default.type})
+    if str(name or default).partition(":")[0] not in known:
         raise UserError(f"no device '{name}' on this machine. It has: {', '.join(known)}.")
-    if name is None and best.type != "cpu" and "LOCAL_RANK" in os.environ:
-        return torch.device(best.type, int(os.environ["LOCAL_RANK"]) % torch.accelerator.device_count())
-    return torch.device(name or best)
+    if name is None and default.type != "cpu" and "LOCAL_RANK" in os.environ:
+        return torch.device(default.type, int(os.environ["LOCAL_RANK"]) % torch.accelerator.device_count())
+    return torch.device(name or default)

@@ -1,12 +1,13 @@
-"""Session: a loaded checkpoint that answers.
+"""Session: a loaded checkpoint that answers questions.
 
     session = tinyllava.load("runs/quickstart")           # a run, a stage, or one checkpoint
     session.chat("What is in the picture?", "cat.jpg")    # keeps the conversation; stream() yields pieces
     session.generate([Sample(...), ...])                  # a batch without a conversation; answers in input order
     session.loglikelihood([Sample(...)], [["cat", "dog"]])
 
-A batch changes nothing: greedy answers are those of one at a time (in fp32; a test holds it). Every distinct picture
-goes through the tower once, however many questions are about it, and what their prompts share through the LLM once.
+Greedy answers of a batch are the same as those of its questions one at a time (in fp32; a test checks it). Every
+distinct image goes through the vision tower once, for any number of questions. A prefix that prompts share goes through
+the LLM once.
 """
 
 import threading
@@ -20,21 +21,18 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
+from tinyllava import checkpoint
 from tinyllava.data.images import Reference, open_image
-from tinyllava.data.prompts import POSITIONS, Prompt, batches, image_key, pools
 from tinyllava.data.sample import IMAGE_PART, IMAGE_TOKEN, Message, Sample, SampleError
-from tinyllava.data.template import Template
 from tinyllava.errors import UserError
-from tinyllava.infer import likelihood
-from tinyllava.infer.engine import Engine, padding_mask
+from tinyllava.infer.answer import AnswerReader, stream_ids
+from tinyllava.infer.engine import Engine, make_padding_mask
 from tinyllava.infer.find import find_checkpoint, find_device
-from tinyllava.infer.likelihood import Likelihood
-from tinyllava.infer.pictures import Pictures, Piece
-from tinyllava.model import checkpoint
-from tinyllava.model.answer import Reader, stream_ids
-from tinyllava.model.modeling import TinyLlavaForConditionalGeneration
+from tinyllava.infer.image_encoder import ImageEncoder, PromptSlice
+from tinyllava.infer.likelihood import Likelihood, score_options, tokenize_answer
+from tinyllava.infer.prompts import POSITIONS, Prompt, make_batches, make_image_key, make_pools
 from tinyllava.model.parts import DTYPES
-from tinyllava.model.processor import TinyLlavaProcessor
+from tinyllava.model.vlm import VLM
 
 MAX_NEW_TOKENS = 512
 CACHE_BYTES = 2 * 2**30  # keys and values of a batch
@@ -43,33 +41,29 @@ Images = Reference | Sequence[Reference] | None
 
 
 class Session:
-    """A model with its processor and template, ready to answer: greedily, unless a temperature is given."""
+    """A VLM that answers questions: with greedy decoding, unless a temperature is given."""
 
-    def __init__(
-        self,
-        model: TinyLlavaForConditionalGeneration,
-        processor: TinyLlavaProcessor,
-        template: Template,
-        record: dict[str, Any] | None = None,
-        path: Path | None = None,
-    ) -> None:
-        self.model, self.processor, self.template = model.eval(), processor, template
-        self.tokenizer, self.record, self.path = processor.tokenizer, record or {}, path
+    def __init__(self, vlm: VLM, path: Path | None = None) -> None:
+        self.vlm, self.path = vlm, path
+        self.model, self.processor, self.template = vlm.model.eval(), vlm.processor, vlm.template
+        self.tokenizer, self.record = vlm.tokenizer, vlm.record
+        self.bound = vlm.template.bind(vlm.tokenizer)
         self.conversation = Sample([])
-        self.reader = Reader.of(model, self.tokenizer, template)
+        self.reader = AnswerReader.from_vlm(vlm)
         pad_id = self.tokenizer.pad_token_id
         self.pad_id = min(self.reader.end_ids, default=0) if pad_id is None else pad_id
-        had = model.generation_config.suppress_tokens == []  # legacy.py: the original had this row, and could answer it
-        never = [] if had else [model.config.image_token_id]
-        # All else that the LLM's own generation config says is dropped: Qwen2's samples, and penalises repetition.
-        model.generation_config = GenerationConfig(
-            eos_token_id=sorted(self.reader.end_ids) or None,
-            pad_token_id=self.pad_id,
-            suppress_tokens=never,
+        suppressed = self.model.generation_config.suppress_tokens
+        if suppressed is None:  # a checkpoint of another package: ours list these ids
+            suppressed = [self.model.config.image_token_id]
+        # The rest of the LLM's own generation config is dropped: Qwen2's asks for sampling and a repetition penalty.
+        end_ids = sorted(self.reader.end_ids) or None
+        self.model.generation_config = GenerationConfig(
+            eos_token_id=end_ids, pad_token_id=self.pad_id, suppress_tokens=suppressed
         )
-        self._busy = threading.RLock()  # streams are threads, and the tower's early stop hooks into a shared module
-        self.pictures = Pictures(model, processor)
-        self.engine = Engine(model, self.pictures, self.pad_id, self._busy)
+        # Only one thread computes at a time: streams are threads, and the tower's early stop adds hooks to its modules.
+        self.busy = threading.RLock()
+        self.images = ImageEncoder(self.model, self.processor)
+        self.engine = Engine(self.model, self.images, self.pad_id, self.busy)
 
     @classmethod
     def load(
@@ -78,13 +72,14 @@ class Session:
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
         attn_implementation: str | None = None,
-        **lacking: Any,
+        **missing: Any,
     ) -> "Session":
         """Load the checkpoint at `path` (see `find_checkpoint`).
 
-        device: the accelerator if there is one. dtype: float32, bfloat16, float16 or auto (as saved); by default auto
-        on an accelerator, and float32 on a CPU, where bfloat16 takes four times as long. lacking: what a checkpoint of
-        the original TinyLLaVA Factory does not carry, such as `template` (see `model.legacy.read`).
+        device: by default the accelerator, if there is one. dtype: float32, bfloat16, float16 or auto (as saved); by
+        default auto on an accelerator, and float32 on a CPU, where bfloat16 takes four times as long. missing:
+        values that a checkpoint of the original TinyLLaVA Factory does not contain, for example `template` (see
+        `tinyllava.checkpoint.legacy`). Raises UserError if there is no complete checkpoint.
         """
         directory = find_checkpoint(path)
         device = find_device(device)
@@ -94,67 +89,69 @@ class Session:
                 raise UserError(f"unknown dtype '{dtype}'. Known: {', '.join(DTYPES)}.")
             dtype = DTYPES[dtype]
         try:
-            model, processor, template, record = checkpoint.load(directory, dtype, attn_implementation, **lacking)
+            vlm = checkpoint.load(directory, dtype, attn_implementation, **missing)
         except (ImportError, ValueError) as error:
             if attn_implementation is None:
                 raise
             raise UserError(f"cannot use attention '{attn_implementation}': {str(error).splitlines()[0]}") from None
-        return cls(model.to(device), processor, template, record, directory)
+        vlm.model.to(device)
+        return cls(vlm, directory)
 
-    # -- talking -------------------------------------------------------------------------------------------------------
+    # -- a conversation ------------------------------------------------------------------------------------------------
 
     def chat(self, text: str, images: Images = None, **generation: Any) -> str:
-        """Ask and get the answer; both stay in the conversation, which is as before when this raises.
+        """Ask a question and return the answer. Both stay in the conversation, which an error does not change.
 
-        Pictures are paths, URLs, bytes or PIL images; they go before the text, unless `<image>` in it says where.
-        Options are those of `generate`.
+        images: paths, URLs, bytes or PIL images. They go before the text, unless `<image>` in it marks their place.
+        generation: the options of `generate`.
         """
-        asked = self._ask(text, images)
+        asked = self._add_question(text, images)
         (answer,) = self.generate([asked], **generation)
-        self._keep(asked, answer)
+        self._add_answer(asked, answer)
         return answer
 
     def stream(self, text: str, images: Images = None, **generation: Any) -> Iterator[str]:
-        """Like `chat`, in pieces as they come. Of an answer that the reader breaks off, what was read stays."""
-        asked, answer = self._ask(text, images), ""
+        """Like `chat`, but yield the answer in pieces. If you stop early, the conversation keeps the pieces so far."""
+        asked, answer = self._add_question(text, images), ""
         try:
             for piece in self.stream_answer(asked, **generation):
                 answer += piece
                 yield piece
         except (GeneratorExit, KeyboardInterrupt):
             if answer:
-                self._keep(asked, answer)
+                self._add_answer(asked, answer)
             raise
-        self._keep(asked, answer)
+        self._add_answer(asked, answer)
 
     def reset(self, system: str | None = None) -> None:
-        """Begin anew, with a system message or the template's own."""
+        """Start a new conversation, with a system message or the template's default."""
         self.conversation = Sample([Message("system", system)] if system is not None else [])
 
-    def _ask(self, text: str, images: Images) -> Sample:
+    def _add_question(self, text: str, images: Images) -> Sample:
         """The conversation with one more question.
 
-        Its past is text, rendered and tokenised anew with every turn: training saw whole conversations tokenised as one
-        text, which need not give the ids that the model produced for the same words.
+        The conversation is kept as text, and is tokenised again at every turn. In training, a whole conversation was
+        tokenised as one text, and the ids that the model generated can differ from those.
         """
         images = [] if images is None else list(images) if isinstance(images, list | tuple) else [images]
         if IMAGE_TOKEN not in text:
             text = IMAGE_PART * len(images) + text
-        opened = [open_image(image) for image in images]  # now: a file or an URL may show something else next turn
+        opened = [open_image(image) for image in images]  # now, because the file or URL may change before the next turn
         past = self.conversation
         return replace(past, messages=[*past.messages, Message("user", text)], images=[*past.images, *opened])
 
-    def _keep(self, asked: Sample, answer: str) -> None:
-        said = answer.replace(IMAGE_TOKEN, "image")  # spelled out letter by letter, it would stand for a picture
-        self.conversation = replace(asked, messages=[*asked.messages, Message("assistant", said)])
+    def _add_answer(self, asked: Sample, answer: str) -> None:
+        text = answer.replace(IMAGE_TOKEN, "image")  # the model can spell it, but only images may have it
+        self.conversation = replace(asked, messages=[*asked.messages, Message("assistant", text)])
 
-    # -- answering -----------------------------------------------------------------------------------------------------
+    # -- answers -------------------------------------------------------------------------------------------------------
 
     def generate(self, samples: Sequence[Sample], batch_size: int | None = None, **generation: Any) -> list[str]:
-        """Answers to the last turns of `samples`, in their order: with one picture, several or none.
+        """Answers to the last turns of `samples`, in their order. A sample has one image, several or none.
 
-        batch_size: rows at once, by default what CACHE_BYTES hold. generation: max_new_tokens=512, temperature=0
-        (greedy), top_p=1, and whatever transformers' `generate` takes. Raises SampleError for a faulty sample.
+        batch_size: rows of a batch; by default as many as fit into CACHE_BYTES. generation: max_new_tokens=512,
+        temperature=0 (greedy), top_p=1, and all options of transformers' `generate`. Raises SampleError for a bad
+        sample.
         """
         answers = dict(self.generate_each(samples, batch_size, **generation))
         return [answers[index] for index in range(len(samples))]
@@ -162,93 +159,107 @@ class Session:
     def generate_each(
         self, samples: Sequence[Sample], batch_size: int | None = None, **generation: Any
     ) -> Iterator[tuple[int, str]]:
-        """(index, answer) as answers end: questions on the same pictures near each other, long ones first."""
-        for pool in self._pools(samples):
-            prompts = {index: self.prompt(samples[index]) for index in pool}
-            limits = {index: self.room(prompts[index], **generation) for index in pool}
-            for batch in self._batches(prompts, limits, batch_size):
+        """Yield (index, answer) when an answer ends. Questions on the same images come together, long ones first."""
+        for pool in self._make_pools(samples):
+            prompts = {index: self.make_prompt(samples[index]) for index in pool}
+            limits = {index: self.limit_new_tokens(prompts[index], **generation) for index in pool}
+            for batch in self._make_batches(prompts, limits, batch_size):
                 options = {**generation, "max_new_tokens": limits[batch[0]]}
-                for row, answer in self._answer([prompts[index] for index in batch], **options):
+                for row, answer in self._answer_batch([prompts[index] for index in batch], **options):
                     yield batch[row], answer
+
+    def stream_answer(self, sample: Sample, **generation: Any) -> Iterator[str]:
+        """Yield the answer to one sample in pieces: joined, what `generate` returns. Closing it stops the model."""
+        self.images.forget_urls()
+        prompt = self.make_prompt(sample)
+        options = {**generation, "max_new_tokens": self.limit_new_tokens(prompt, **generation)}
+        with closing(stream_ids(partial(self._generate, [prompt], **options))) as ids:
+            yield from self.reader.stream_text(ids)
 
     def loglikelihood(
         self, samples: Sequence[Sample], options: Sequence[Sequence[str]], batch_size: int | None = None
     ) -> list[list[Likelihood]]:
-        """How likely each of a sample's `options` is as its answer; see `Likelihood` for what is summed."""
-        found = dict(self.loglikelihood_each(samples, options, batch_size))
-        return [found[index] for index in range(len(samples))]
+        """The likelihood of each of a sample's `options` as its answer. See `Likelihood` for what is summed."""
+        likelihoods = dict(self.loglikelihood_each(samples, options, batch_size))
+        return [likelihoods[index] for index in range(len(samples))]
 
     def loglikelihood_each(
         self, samples: Sequence[Sample], options: Sequence[Sequence[str]], batch_size: int | None = None
     ) -> Iterator[tuple[int, list[Likelihood]]]:
-        """(index, likelihoods of its options) as batches get done."""
-        for pool in self._pools(samples):
+        """Yield (index, likelihoods of its options) when all options of a sample are scored."""
+        for pool in self._make_pools(samples):
             rows = {
-                (index, at): self._answered(samples[index], one)
+                (index, number): self._make_answered_prompt(samples[index], option)
                 for index in pool
-                for at, one in enumerate(options[index])
+                for number, option in enumerate(options[index])
             }
             prompts = {key: prompt for key, (prompt, _) in rows.items()}
-            limits = {key: self.room(prompt, 1) for key, prompt in prompts.items()}
-            found: dict[int, dict[int, Likelihood]] = {index: {} for index in pool}
-            for batch in self._batches(prompts, limits, batch_size):
-                scores = likelihood.score(self.engine, [rows[key] for key in batch])
-                for (index, at), one in zip(batch, scores, strict=True):
-                    found[index][at] = one
-                for index in [index for index in found if len(found[index]) == len(options[index])]:
-                    made = found.pop(index)
-                    yield index, [made[at] for at in range(len(made))]
+            limits = {key: self.limit_new_tokens(prompt, 1) for key, prompt in prompts.items()}
+            open_samples: dict[int, dict[int, Likelihood]] = {index: {} for index in pool}
+            for batch in self._make_batches(prompts, limits, batch_size):
+                likelihoods = score_options(self.engine, [rows[key] for key in batch])
+                for (index, number), likelihood in zip(batch, likelihoods, strict=True):
+                    open_samples[index][number] = likelihood
+                for index in [index for index in open_samples if len(open_samples[index]) == len(options[index])]:
+                    scored = open_samples.pop(index)
+                    yield index, [scored[number] for number in range(len(scored))]
 
-    def stream_answer(self, sample: Sample, **generation: Any) -> Iterator[str]:
-        """The answer to one sample in pieces, which joined are what `generate` gives. Closing it stops the model."""
-        self.pictures.forget_urls()
-        prompt = self.prompt(sample)
-        options = {**generation, "max_new_tokens": self.room(prompt, **generation)}
-        with closing(stream_ids(partial(self._generate, [prompt], **options))) as ids:
-            yield from self.reader.pieces(ids)
+    # -- prompts -------------------------------------------------------------------------------------------------------
 
-    def prompt(self, sample: Sample) -> Prompt:
-        """A sample's ids up to where the model speaks. Raises SampleError for turns or pictures that do not fit."""
-        return self._expand(self.template.prompt(sample, self.tokenizer)["input_ids"], sample)
+    def make_prompt(self, sample: Sample) -> Prompt:
+        """The prompt of a sample. Raises SampleError for turns or images that do not fit."""
+        return self._expand_images(self.bound.encode_prompt(sample)["input_ids"], sample)
 
-    def _expand(self, ids: list[int], sample: Sample) -> Prompt:
-        """Every `<image>` id as often as its picture has tokens."""
+    def _make_answered_prompt(self, sample: Sample, answer: str) -> tuple[Prompt, list[bool]]:
+        """A sample with this answer, and which of its ids belong to the answer (counted from the end)."""
+        ids, marks = tokenize_answer(self.bound, sample, answer)
+        return self._expand_images(ids, sample), marks
+
+    def _expand_images(self, ids: list[int], sample: Sample) -> Prompt:
+        """Turn ids into a prompt: repeat every `<image>` id once for each token of its image."""
         image_id = self.model.config.image_token_id
-        marks, images = ids.count(image_id), len(sample.images)
-        if marks != images:
-            raise SampleError("placeholders", f"{marks} {IMAGE_TOKEN} in its text, but {images} image(s)", sample.id)
-        counts = map(self.pictures.count, sample.images)
-        expanded = [token for one in ids for token in ([one] * next(counts) if one == image_id else [one])]
-        return Prompt(expanded, [(image_key(image), image) for image in sample.images])
+        placeholders, images = ids.count(image_id), len(sample.images)
+        if placeholders != images:
+            text = f"{placeholders} {IMAGE_TOKEN} in its text, but {images} image(s)"
+            raise SampleError("placeholders", text, sample.id)
+        counts = map(self.images.count_tokens, sample.images)
+        expanded: list[int] = []
+        for token in ids:
+            expanded += [token] * next(counts) if token == image_id else [token]
+        return Prompt(expanded, [(make_image_key(image), image) for image in sample.images])
 
-    def room(self, prompt: Prompt, max_new_tokens: int = MAX_NEW_TOKENS, **_: Any) -> int:
-        """`max_new_tokens`, or what the LLM has left after the prompt. Raises UserError when that is nothing."""
+    def limit_new_tokens(self, prompt: Prompt, max_new_tokens: int = MAX_NEW_TOKENS, **_: Any) -> int:
+        """`max_new_tokens`, or fewer if the LLM has fewer positions left. Raises UserError if it has none left."""
         longest = getattr(self.model.config.text_config, "max_position_embeddings", None)
         if longest is not None and prompt.length >= longest:
             raise UserError(
-                f"the prompt takes {prompt.length} positions with {len(prompt.images)} picture(s), and the LLM has"
-                f" {longest}. Ask less at once; in a chat, start anew."
+                f"the prompt takes {prompt.length} positions with {len(prompt.images)} image(s), and the LLM has"
+                f" {longest}. Ask a shorter question or show fewer images; in a chat, start again."
             )
         return max_new_tokens if longest is None else min(max_new_tokens, longest - prompt.length)
 
     # -- batches -------------------------------------------------------------------------------------------------------
 
-    def _pools(self, samples: Sequence[Sample]) -> Iterator[list[int]]:
-        self.pictures.forget_urls()
-        return pools([tuple(image_key(image) for image in sample.images) for sample in samples], self.pictures.size())
+    def _make_pools(self, samples: Sequence[Sample]) -> Iterator[list[int]]:
+        self.images.forget_urls()
+        keys = [tuple(make_image_key(image) for image in sample.images) for sample in samples]
+        return make_pools(keys, self.images.capacity)
 
-    def _batches(self, prompts: dict[Any, Prompt], limits: dict[Any, int], size: int | None) -> Iterator[list[Any]]:
+    def _make_batches(
+        self, prompts: dict[Any, Prompt], limits: dict[Any, int], size: int | None
+    ) -> Iterator[list[Any]]:
         position_bytes = self.engine.position_bytes
         positions = CACHE_BYTES // position_bytes if position_bytes else POSITIONS
-        return batches(prompts, limits, size, positions)
+        return make_batches(prompts, limits, size, positions)
 
-    def _answer(self, prompts: list[Prompt], max_new_tokens: int, **options: Any) -> Iterator[tuple[int, str]]:
-        """(row, answer) of one batch as answers end."""
-        if self.engine.position_bytes is None or options.keys() - {"temperature"} or options.get("temperature", 0) > 0:
+    def _answer_batch(self, prompts: list[Prompt], max_new_tokens: int, **options: Any) -> Iterator[tuple[int, str]]:
+        """Yield (row, answer) of one batch when an answer ends."""
+        is_greedy = not options.keys() - {"temperature"} and options.get("temperature", 0) <= 0
+        if self.engine.position_bytes is None or not is_greedy:
             yield from enumerate(self._generate(prompts, max_new_tokens, **options))
             return
-        for row, ids in self.engine.greedy(prompts, max_new_tokens, self.reader.has_ended):
-            yield row, self.reader.text(ids)
+        for row, ids in self.engine.generate_greedy(prompts, max_new_tokens, self.reader.has_ended):
+            yield row, self.reader.decode(ids)
 
     @torch.inference_mode()
     def _generate(
@@ -260,20 +271,17 @@ class Session:
         top_k: int = 0,
         **options: Any,
     ) -> list[str]:
-        """Answers of one batch by transformers' `generate`: whatever it can do, for any LLM."""
+        """Answers of one batch by transformers' `generate`: all its options, for any LLM."""
         sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": top_k}
         options |= sampling if temperature > 0 else {"do_sample": False}
         if self.reader.end_text:
             options |= {"stop_strings": [self.reader.end_text], "tokenizer": self.tokenizer}
-        with self._busy:
-            ids, embeds = self.pictures.embed([Piece(prompt, 0, prompt.length) for prompt in prompts], self.pad_id)
-            mask = padding_mask([prompt.length for prompt in prompts]).to(ids.device)
-            # `generate` makes positions only for a forward that names them; learned ones would count the padding.
+        with self.busy:
+            slices = [PromptSlice(prompt, 0, prompt.length) for prompt in prompts]
+            ids, embeds = self.images.embed(slices, self.pad_id)
+            mask = make_padding_mask([prompt.length for prompt in prompts]).to(ids.device)
+            # `generate` makes them only for a forward that names them, and learned positions must not count padding.
             positions = (mask.cumsum(1) - 1).clamp(min=0)
             inputs = {"input_ids": ids, "inputs_embeds": embeds, "attention_mask": mask, "position_ids": positions}
-            made = self.model.generate(**inputs, max_new_tokens=max_new_tokens, **options)
-        return [self.reader.text(row) for row in made[:, ids.shape[1] :].tolist()]
-
-    def _answered(self, sample: Sample, answer: str) -> tuple[Prompt, list[bool]]:
-        ids, marks = likelihood.answered(self.template, self.tokenizer, sample, answer)
-        return self._expand(ids, sample), marks
+            generated = self.model.generate(**inputs, max_new_tokens=max_new_tokens, **options)
+        return [self.reader.decode(row) for row in generated[:, ids.shape[1] :].tolist()]

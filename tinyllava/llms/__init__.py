@@ -1,11 +1,25 @@
-"""LLMs load through `AutoModelForCausalLM`; most need no file. A file here, named by `config.model_type`, says what
-loading cannot:
+"""LLMs load through transformers' `AutoModelForCausalLM`. Most need no file here. Read llama.py first.
 
-class LLM:
-    template: str               # the template used when a recipe names none
-    def initialize(llm): ...    # optional: what random weights should begin as, where a recipe asks for such
+A file is one family, named by `config.model_type`. It adds what transformers does not know:
 
-A recipe may name one that stands outside the package, as `family: my_pkg.my_module:LLM` (docs/add-your-own-llm.md).
-All files are imported before any part is loaded. One whose model transformers lacks defines its config and model
-classes as well and registers them with the Auto classes (openelm.py).
+    class LLM:
+        template: str  # the template that is used when a recipe names none
+        @staticmethod
+        def initialize(llm: PreTrainedModel) -> None: ...  # optional: change the random weights of an LLM from a config
+
+A recipe can name a family outside the package, as `family: my_pkg.my_module:LLM` (docs/add-your-own-llm.md). A family
+whose model transformers does not have also defines its config and model classes, and registers them with the Auto
+classes (openelm.py). Its file is imported when a config of its `model_type` is read.
 """
+
+from tinyllava.factory import Factory
+
+
+def import_llm(model_type: str | None) -> None:
+    """Import the package's file for a `model_type`, if there is one.
+
+    Call this before the Auto classes meet the model_type: a file whose classes transformers does not have registers
+    them when it is imported.
+    """
+    if model_type:
+        Factory("llms").import_file(model_type)

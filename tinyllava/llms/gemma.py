@@ -2,6 +2,6 @@
 
 
 class LLM:
-    """What loading this family needs to know."""
+    """What transformers cannot know about this family."""
 
     template = "gemma"

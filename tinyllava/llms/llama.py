@@ -1,25 +1,26 @@
 """Llama, TinyLlama and SmolLM2: the `llama` template unless a recipe names another."""
 
-from typing import Any
+from transformers import PreTrainedModel
 
 
 class LLM:
-    """What loading this family needs to know."""
+    """What transformers cannot know about this family."""
 
     template = "llama"
 
 
 class Copying(LLM):
-    """A Llama from random weights whose heads begin by looking for tokens like their own, and copy what they find.
+    """A Llama with random weights whose heads first attend to similar tokens and copy them.
 
-    Keys start equal to queries and outputs as the transpose of values: products near the identity, as those of trained
-    transformers are (mimetic initialisation, arXiv 2305.09828). A small model otherwise takes thousands of steps to
-    find out that the cat it is asked about is the cat it was told of.
+    The key weights start equal to the query weights, and the output weights equal to the transpose of the value
+    weights. Their products are then near the identity, as in trained transformers (mimetic initialisation, arXiv
+    2305.09828). Without this, a small model takes
+    thousands of steps to learn to relate a word in the question to the same word in the context.
     """
 
     @staticmethod
-    def initialize(llm: Any) -> None:
-        """Called once, on the random weights. For heads of one number: no shared keys."""
+    def initialize(llm: PreTrainedModel) -> None:
+        """Change the random weights in place. Requires as many key heads as query heads."""
         for layer in llm.model.layers:
             attention = layer.self_attn
             attention.k_proj.weight.data.copy_(attention.q_proj.weight.data)

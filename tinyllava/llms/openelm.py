@@ -1,7 +1,7 @@
 """OpenELM (arXiv 2404.14619): Apple's LLMs whose layers differ in their number of heads and in the width of their FFN.
 
-transformers has no OpenELM, so its classes stand here; importing this file registers them, and the Auto classes then
-read Apple's directories without remote code. Apple publishes no tokenizer: it is Llama-2's, given by the user.
+transformers does not have OpenELM, so its classes are defined here. Importing this file registers them, and the Auto
+classes then read Apple's directories without remote code. Apple publishes no tokenizer. Give Llama-2's:
 
     model:
       llm: {name: apple/OpenELM-450M-Instruct, tokenizer: meta-llama/Llama-2-7b-hf}
@@ -39,17 +39,17 @@ from tinyllava.errors import UserError
 
 
 class LLM:
-    """What loading this family needs to know."""
+    """What transformers cannot know about this family."""
 
     template = "llama"
 
 
 @strict
 class OpenELMConfig(PreTrainedConfig):
-    """Apple's fields under Apple's names, and every layer's size worked out from them (section 2.1 of the paper).
+    """Apple's fields under Apple's names, and every layer's size computed from them (section 2.1 of the paper).
 
-    `qkv_multipliers` and `ffn_multipliers` are one number for all layers, or the first and the last layer's with the
-    others evenly between; given lists win. Raises UserError for a list that is not one value a layer.
+    `qkv_multipliers` and `ffn_multipliers` are one number for all layers, or two for the first and the last layer with
+    even steps between. Lists of one value for each layer are used as they are. Raises UserError for any other length.
     """
 
     model_type = "openelm"
@@ -88,10 +88,11 @@ class OpenELMConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: object) -> None:
         super().__post_init__(**kwargs)  # first: it sets fields that were given under transformers' names
         layers = self.num_transformer_layers
-        self.ffn_multipliers = spread(self.ffn_multipliers, layers)
+        self.ffn_multipliers = spread_multipliers(self.ffn_multipliers, layers)
         if self.num_query_heads is None:
             divisor = self.head_dim * self.num_gqa_groups
-            widths = [make_divisible(self.model_dim * scale, divisor) for scale in spread(self.qkv_multipliers, layers)]
+            scales = spread_multipliers(self.qkv_multipliers, layers)
+            widths = [round_to_multiple(self.model_dim * scale, divisor) for scale in scales]
             self.num_query_heads = [width // self.head_dim for width in widths]
         if self.num_kv_heads is None:
             self.num_kv_heads = [heads // self.num_gqa_groups for heads in self.num_query_heads]
@@ -99,48 +100,49 @@ class OpenELMConfig(PreTrainedConfig):
             if len(getattr(self, name)) != layers:
                 raise UserError(
                     f"openelm: {name} has {len(getattr(self, name))} values for {layers} layers."
-                    " Give one a layer, or leave it out."
+                    " Give one value for each layer, or leave it out."
                 )
 
 
-def spread(scale: float | list[float], layers: int) -> list[float]:
-    """One multiplier a layer: the same for all, or from the first to the last in even steps of two decimals."""
+def spread_multipliers(scale: float | list[float], layers: int) -> list[float]:
+    """One multiplier for each layer: the same for all, or even steps from the first to the last, to two decimals."""
     if not isinstance(scale, list):
         return [scale] * layers
     return [round(float(step), 2) for step in np.linspace(*scale, layers)] if len(scale) == 2 else scale
 
 
-def make_divisible(width: float, divisor: int) -> int:
+def round_to_multiple(width: float, divisor: int) -> int:
     """The multiple of `divisor` that is nearest to `width`, but at least 0.9 of it (MobileNet's rule)."""
-    nearest = max(divisor, int(width + divisor / 2) // divisor * divisor)
-    return nearest + divisor if nearest < 0.9 * width else nearest
+    closest = max(divisor, int(width + divisor / 2) // divisor * divisor)
+    return closest + divisor if closest < 0.9 * width else closest
 
 
-def rotation(position_ids: Tensor, head_dim: int, base: float) -> tuple[Tensor, Tensor]:
+def compute_rotation(position_ids: Tensor, head_dim: int, base: float) -> tuple[Tensor, Tensor]:
     """Cosines and sines of the rotary embedding in fp32: [B, L] -> two [B, 1, L, E / 2].
 
-    Computed anew at each call, because a buffer would not survive being made on the meta device.
+    Computed at each call: a buffer would lose its values where the model is created on the meta device.
     """
     exponents = torch.arange(0, head_dim, 2, device=position_ids.device).float() / head_dim
     angles = position_ids[:, None, :, None].float() / base**exponents
     return angles.cos(), angles.sin()
 
 
-def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair (i, i + E / 2) of [B, H, L, E] by its angle, in fp32 as Apple does."""
+def rotate_heads(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate each pair (i, i + E / 2) of [B, H, L, E] by its angle, in fp32 as Apple does."""
     first, second = heads.float().chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(heads.dtype)
 
 
 class OpenELMAttention(nn.Module):
-    """Grouped-query attention with one projection for queries, keys and values, normalised before they are rotated."""
+    """Grouped-query attention with one projection for queries, keys and values, normalised before rotation."""
 
     def __init__(self, config: OpenELMConfig, layer_idx: int):
         super().__init__()
         self.config, self.layer_idx, self.head_dim = config, layer_idx, config.head_dim
         queries, keys = config.num_query_heads[layer_idx], config.num_kv_heads[layer_idx]
         self.heads = [queries, keys, keys]
-        self.num_key_value_groups = queries // keys  # this and is_causal are read by transformers' attention functions
+        # transformers' attention functions read these two.
+        self.num_key_value_groups = queries // keys
         self.is_causal = True
         self.qkv_proj = nn.Linear(config.model_dim, sum(self.heads) * self.head_dim, bias=False)
         self.out_proj = nn.Linear(queries * self.head_dim, config.model_dim, bias=False)
@@ -156,12 +158,12 @@ class OpenELMAttention(nn.Module):
         past_key_values: Cache | None = None,
         **kwargs: object,
     ) -> tuple[Tensor, Tensor | None]:
-        """[B, L, D] -> [B, L, D], and the attention weights where the implementation has them."""
+        """[B, L, D] -> [B, L, D], and the attention weights if the implementation returns them."""
         shape = hidden_states.shape[:-1]
         heads = self.qkv_proj(hidden_states).view(*shape, -1, self.head_dim).transpose(1, 2)  # [B, H, L, E]
         query, key, value = heads.split(self.heads, dim=1)
-        query = rotate(self.q_norm(query), *position_embeddings)
-        key = rotate(self.k_norm(key), *position_embeddings)
+        query = rotate_heads(self.q_norm(query), *position_embeddings)
+        key = rotate_heads(self.k_norm(key), *position_embeddings)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
         attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
@@ -178,7 +180,7 @@ class OpenELMFFN(nn.Module):
 
     def __init__(self, config: OpenELMConfig, layer_idx: int):
         super().__init__()
-        width = make_divisible(config.ffn_multipliers[layer_idx] * config.model_dim, config.ffn_dim_divisor)
+        width = round_to_multiple(config.ffn_multipliers[layer_idx] * config.model_dim, config.ffn_dim_divisor)
         self.gated = config.ffn_with_glu
         self.proj_1 = nn.Linear(config.model_dim, width * (1 + self.gated), bias=False)
         self.proj_2 = nn.Linear(width, config.model_dim, bias=False)
@@ -194,7 +196,7 @@ class OpenELMFFN(nn.Module):
 
 
 class OpenELMLayer(GradientCheckpointingLayer):
-    """Attention and FFN, each on normalised input and added to what came in."""
+    """Attention and FFN, each on normalised input and with a residual connection."""
 
     def __init__(self, config: OpenELMConfig, layer_idx: int):
         super().__init__()
@@ -210,7 +212,7 @@ class OpenELMLayer(GradientCheckpointingLayer):
 
 
 class OpenELMPreTrainedModel(PreTrainedModel):
-    """What transformers must know of the family."""
+    """What transformers must know about the family."""
 
     config: OpenELMConfig
     base_model_prefix = "transformer"
@@ -252,8 +254,8 @@ class OpenELMModel(OpenELMPreTrainedModel):
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         if position_ids is None:
-            seen = 0 if past_key_values is None else past_key_values.get_seq_length()
-            position_ids = torch.arange(seen, seen + hidden_states.shape[1], device=hidden_states.device).unsqueeze(0)
+            past = 0 if past_key_values is None else past_key_values.get_seq_length()
+            position_ids = torch.arange(past, past + hidden_states.shape[1], device=hidden_states.device).unsqueeze(0)
         mask = create_causal_mask(
             config=self.config,
             inputs_embeds=hidden_states,
@@ -261,7 +263,7 @@ class OpenELMModel(OpenELMPreTrainedModel):
             past_key_values=past_key_values,
             position_ids=position_ids,
         )
-        position_embeddings = rotation(position_ids, self.config.head_dim, self.config.rope_freq_constant)
+        position_embeddings = compute_rotation(position_ids, self.config.head_dim, self.config.rope_freq_constant)
         for layer in self.layers:
             hidden_states = layer(
                 hidden_states,
@@ -274,7 +276,7 @@ class OpenELMModel(OpenELMPreTrainedModel):
 
 
 class OpenELMForCausalLM(OpenELMPreTrainedModel, GenerationMixin):
-    """The LLM with its head, which is the embedding table where `share_input_output_layers` says so."""
+    """The LLM with its head. With `share_input_output_layers`, the head is the embedding table."""
 
     _tied_weights_keys = {"lm_head.weight": "transformer.token_embeddings.weight"}  # noqa: RUF012
 

@@ -1,7 +1,10 @@
-"""StableLM-2: the `phi` template unless a recipe names another (as in the original: its end-of-text token is Phi's)."""
+"""StableLM-2: the `phi` template unless a recipe names another.
+
+The original TinyLLaVA Factory used it too: both families end a text with the same token.
+"""
 
 
 class LLM:
-    """What loading this family needs to know."""
+    """What transformers cannot know about this family."""
 
     template = "phi"

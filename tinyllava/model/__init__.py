@@ -1,1 +1,4 @@
-"""Parts become one model: build it from a recipe, save and load it in the layout the world reads."""
+"""The model: vision tower, connector and LLM as one VLM, built from a recipe. Read vlm.py first, then build.py.
+
+Checkpoints are saved and loaded in tinyllava/checkpoint/.
+"""

@@ -1,16 +1,18 @@
-"""The config of every model in memory: Llava's, and what Llava has no place for."""
+"""The config of every model in memory: Llava's fields and our own."""
 
 from huggingface_hub.dataclasses import strict
-from transformers import LlavaConfig
+from transformers import LlavaConfig, PreTrainedConfig
 
 from tinyllava.factory import Factory, check_trusted
+from tinyllava.llms import import_llm
+from tinyllava.vision_towers import import_tower
 
 
 @strict
 class TinyLlavaConfig(LlavaConfig):
-    """Llava's config and what Llava has no place for."""
+    """Llava's config, with fields for what Llava's does not describe."""
 
-    # The original's own checkpoints say "tinyllava": those are read by key mapping (legacy.py), not by this class.
+    # The original's checkpoints say "tinyllava". checkpoint/legacy.py reads them by key mapping, not this class.
     model_type = "tiny_llava"
 
     connector: dict | None = None  # {name: options}
@@ -21,39 +23,47 @@ class TinyLlavaConfig(LlavaConfig):
     image_mean: list[float] | None = None
     image_std: list[float] | None = None
 
-    # Pixels a side after preprocessing; a tower with interpolated positions may differ from its config.
+    # Pixels a side after preprocessing. With interpolated positions, this may differ from the tower's own config.
     image_size: int = 336
 
-    # Token ids whose embeddings the LLM did not have before the model was built: what the tuning `embeddings` trains.
+    # Ids of tokens that the LLM did not have before the model was built: the rows that the tuning `embeddings` trains.
     new_tokens: list[int] | None = None
 
-    tiles: int | None = None  # the most tiles of a picture beside its thumbnail (data/tiles.py); None: it is one view
-    image_processor: str | None = None  # the user's own as my_pkg.my_module:Name; None: Llava's, with other fields
-    families: dict | None = None  # {vision_towers or llms: my_pkg.my_module:Name}, whose classes transformers lacks
+    tiles: int | None = None  # at most so many tiles beside the thumbnail (data/tiles.py); None: an image is one view
+    image_processor: str | None = None  # the user's own class, my_pkg.my_module:Name; None: Llava's class
+    families: dict | None = None  # {vision_towers or llms: my_pkg.my_module:Name} if transformers does not have it
 
-    # What the original TinyLLaVA Factory did, for its checkpoints (legacy.py):
-    drop_first_patch: bool = False  # it took the first patch of a tower without CLS for one: 728 of SigLIP's 729
-    image_scale: float = 1.0  # Gemma scaled all that came into it, image tokens too: by the root of its width
-    head_rows: int | None = None  # rows of its head, when <image> got one of its own beyond them: no part of any answer
+    # What the original TinyLLaVA Factory did, for its checkpoints (checkpoint/legacy.py):
+    drop_first_patch: bool = False  # it dropped the first patch of a tower without CLS: 728 of SigLIP's 729 are left
+    image_scale: float = 1.0  # its Gemma scaled all input embeddings, image tokens too, by the root of its width
+    head_rows: int | None = None  # rows of its head before <image> got a new one: no answer contains a later id
 
     def __post_init__(self, **kwargs: object) -> None:
-        for kind, address in (self.families or {}).items():  # which make their config classes known when imported
+        # First: importing a family registers its config classes, which Llava's config then looks up.
+        for kind, address in (self.families or {}).items():
             check_trusted(address, Factory(kind).kind.singular)
             Factory(kind).get(address)
+        import_tower(get_model_type(self.vision_config))
+        import_llm(get_model_type(self.text_config))
         super().__post_init__(**kwargs)
 
     @staticmethod
-    def own_fields() -> tuple[str, ...]:
-        """Names of the fields that Llava's config lacks."""
+    def list_own_fields() -> tuple[str, ...]:
+        """Names of the fields that Llava's config does not have."""
         return tuple(TinyLlavaConfig.__annotations__)
 
     @property
     def num_patches(self) -> int:
-        """Features an image gives the connector."""
+        """The number of features that the connector gets for one view of an image."""
         patches = (self.image_size // self.vision_config.patch_size) ** 2
         return patches + self.prefix_tokens - self.dropped_tokens
 
     @property
     def dropped_tokens(self) -> int:
-        """Leading tokens of the tower that the connector never sees."""
+        """The number of the tower's leading tokens that the connector does not get."""
         return self.prefix_tokens + self.drop_first_patch if self.vision_feature_select_strategy == "default" else 0
+
+
+def get_model_type(config: PreTrainedConfig | dict | None) -> str | None:
+    """The `model_type` of a config, or of its fields before transformers makes a config of them."""
+    return config.get("model_type") if isinstance(config, dict) else getattr(config, "model_type", None)

@@ -1,38 +1,39 @@
-"""One processor for all towers: pictures -> uint8 pixels, and how many tokens a picture takes.
+"""One processor for all towers: it makes pixels of images, and counts the tokens that an image takes.
 
-Training hands the model uint8 pixels; the ordinary call normalises, as transformers' users expect.
+`to_pixels` returns uint8 for our own training and inference. The ordinary call normalises, as in transformers.
 """
 
 from collections.abc import Sequence
 from functools import cached_property
+from itertools import islice
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import AutoProcessor, BaseImageProcessor, BatchFeature, LlavaProcessor
+from transformers import AutoProcessor, BaseImageProcessor, BatchFeature, LlavaProcessor, PreTrainedTokenizerBase
 from transformers.image_transforms import to_pil_image
 from transformers.image_utils import make_flat_list_of_images
 from transformers.processing_utils import MultiModalData
 
 from tinyllava.data.sample import IMAGE_TOKEN
-from tinyllava.data.tiles import Grid, Tiles, image_tokens, views
+from tinyllava.data.tiles import Grid, Tiles, count_image_tokens, count_views
 from tinyllava.model.configuration import TinyLlavaConfig
-from tinyllava.model.image_processor import AS_IT_IS, RAW, trusted_class
+from tinyllava.model.image_processor import KEEP_SIZE, RAW, load_trusted_class
 
 
 class TinyLlavaProcessor(LlavaProcessor):
-    """Llava's processor with a stated number of tokens a view, for connectors that change it.
+    """Llava's processor with an explicit number of tokens per view, because some connectors change it.
 
-    A picture is one view, or with `tiles` its thumbnail and up to so many tiles (data/tiles.py): `pixel_values` then
-    holds the views of all pictures, and `image_grids` [pictures, 2] the rows and columns of each.
+    An image is one view. With `tiles`, it is a thumbnail and at most so many tiles (data/tiles.py). `pixel_values` then
+    holds the views of all images, and `image_grids` [images, 2] the rows and columns of each.
     """
 
     def __init__(
         self,
-        image_processor=None,
-        tokenizer=None,
+        image_processor: BaseImageProcessor | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
         patch_size: int | None = None,
         vision_feature_select_strategy: str | None = None,
         chat_template: str | None = None,
@@ -41,7 +42,7 @@ class TinyLlavaProcessor(LlavaProcessor):
         tokens_per_image: int | None = None,
         tiles: int | None = None,
         code: str | None = None,
-    ):
+    ) -> None:
         super().__init__(
             image_processor,
             tokenizer,
@@ -55,75 +56,79 @@ class TinyLlavaProcessor(LlavaProcessor):
 
     @classmethod
     def _get_arguments_from_pretrained(cls, path: str, processor_dict: dict | None = None, **kwargs: Any) -> list:
-        """The image processor and the tokenizer. An image processor that is a user's code must be trusted first."""
+        """The image processor and the tokenizer. An image processor that is the user's code must be trusted first."""
         if (processor_dict or {}).get("code"):
-            trusted_class(processor_dict["code"])
+            load_trusted_class(processor_dict["code"])
         return super()._get_arguments_from_pretrained(path, processor_dict, **kwargs)
 
     @cached_property
     def tiling(self) -> Tiles | None:
-        """How pictures are cut, None where they are not. The side is that of whatever the image processor makes."""
+        """How images are cut into tiles; None if they are not. A tile has the image size of the tower."""
         if self.tiles is None:
             return None
         return Tiles(self.tiles, self.image_processor([Image.new("RGB", (64, 64))])["pixel_values"][0].shape[-1])
 
-    def grids(self, sizes: Sequence[tuple[int, int]]) -> list[Grid]:
-        """The grids of pictures of these (width, height)."""
-        return [self.tiling.grid(size) if self.tiling else (1, 1) for size in sizes]
+    def choose_grids(self, sizes: Sequence[tuple[int, int]]) -> list[Grid]:
+        """The grids of images of these (width, height)."""
+        return [self.tiling.find_grid(size) if self.tiling else (1, 1) for size in sizes]
 
     @property
     def model_input_names(self) -> list[str]:
-        """What the model takes."""
+        """Names of the model's inputs."""
         return super().model_input_names + (["image_grids"] if self.tiles else [])
 
     def _process_images(self, images: Any, **kwargs: Any) -> tuple[BatchFeature, list[str]]:
-        """Pictures as the model takes them, and the placeholders that stand for each."""
+        """The inputs that the model takes for images, and the placeholders of each image."""
         if self.tiles is None:
             return super()._process_images(images, **kwargs)
         images = [
             (image if isinstance(image, Image.Image) else to_pil_image(image)).convert("RGB")
             for image in make_flat_list_of_images(images)
         ]
-        grids = self.grids([image.size for image in images])
-        made = self._views(images, grids, **{**kwargs, "return_tensors": None})
-        inputs = BatchFeature({"pixel_values": made, "image_grids": grids}, tensor_type=kwargs.get("return_tensors"))
+        grids = self.choose_grids([image.size for image in images])
+        pixel_values = self._make_views(images, grids, **{**kwargs, "return_tensors": None})
+        inputs = BatchFeature(
+            {"pixel_values": pixel_values, "image_grids": grids}, tensor_type=kwargs.get("return_tensors")
+        )
         return inputs, [self.replace_image_token(inputs, index) for index in range(len(grids))]
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs: object) -> str:
         """The placeholders of one image."""
         rows, columns = map(int, image_inputs["image_grids"][image_idx]) if self.tiles else (1, 1)
-        return self.image_token * image_tokens(self.tokens_per_image, [(rows, columns)])[0]
+        return self.image_token * count_image_tokens(self.tokens_per_image, [(rows, columns)])[0]
 
     def _get_num_multimodal_tokens(
         self, image_sizes: list[tuple[int, int]] | None = None, **kwargs: object
     ) -> MultiModalData:
-        """Tokens and views of pictures of these (height, width): what servers plan with."""
+        """The number of tokens and views of images of these (height, width). vLLM and other servers call it."""
         if image_sizes is None:
             return MultiModalData()
-        grids = self.grids([(width, height) for height, width in image_sizes])
-        counts = image_tokens(self.tokens_per_image, grids)
-        return MultiModalData(num_image_tokens=counts, num_image_patches=list(map(views, grids)))
+        grids = self.choose_grids([(width, height) for height, width in image_sizes])
+        counts = count_image_tokens(self.tokens_per_image, grids)
+        return MultiModalData(num_image_tokens=counts, num_image_patches=list(map(count_views, grids)))
 
-    def pixels(self, images: Sequence[Image.Image], grids: Sequence[Grid] | None = None) -> Tensor:
-        """Pictures resized, cropped and cut but not normalised: uint8 [views, 3, H, W]. The model normalises on its
-        device. `grids` must be given where there are tiles.
+    def to_pixels(self, images: Sequence[Image.Image], grids: Sequence[Grid] | None = None) -> Tensor:
+        """Images resized, cropped and cut, but not normalised: uint8 [views, 3, H, W].
+
+        The model normalises on its device. `grids` is required where images are cut into tiles.
         """
-        made = self._views(images, grids or [(1, 1)] * len(images), **RAW)
-        return torch.from_numpy(np.stack([np.asarray(view) for view in made]).astype(np.uint8))
+        pixel_values = self._make_views(images, grids or [(1, 1)] * len(images), **RAW)
+        return torch.from_numpy(np.stack([np.asarray(view) for view in pixel_values]).astype(np.uint8))
 
-    def _views(self, images: Sequence[Image.Image], grids: Sequence[Grid], **kwargs: Any) -> list[np.ndarray]:
-        """The thumbnail of each picture and its tiles row by row, each [3, H, W]."""
+    def _make_views(self, images: Sequence[Image.Image], grids: Sequence[Grid], **kwargs: Any) -> list[np.ndarray]:
+        """The thumbnail of each image and its tiles row by row, each [3, H, W]."""
         whole = self.image_processor(list(images), **kwargs)["pixel_values"]
-        if all(views(grid) == 1 for grid in grids):
+        if all(count_views(grid) == 1 for grid in grids):
             return list(whole)
         resample = self.image_processor.resample
         cut = [self.tiling.cut(image, grid, resample) for image, grid in zip(images, grids, strict=True)]
-        flat = [tile for own in cut for tile in own]
-        tiles = iter(self.image_processor(flat, **{**kwargs, **AS_IT_IS})["pixel_values"])
-        return [view for first, own in zip(whole, cut, strict=True) for view in [first, *(next(tiles) for _ in own)]]
+        flat = [tile for tiles in cut for tile in tiles]
+        processed = iter(self.image_processor(flat, **{**kwargs, **KEEP_SIZE})["pixel_values"])
+        images_tiles = zip(whole, cut, strict=True)
+        return [view for thumbnail, tiles in images_tiles for view in [thumbnail, *islice(processed, len(tiles))]]
 
-    def plain(self) -> LlavaProcessor:
-        """The same as transformers' own class, for checkpoints that are plain llava."""
+    def to_plain(self) -> LlavaProcessor:
+        """This processor as transformers' own class, for checkpoints that are plain llava."""
         return LlavaProcessor(
             image_processor=self.image_processor,
             tokenizer=self.tokenizer,
@@ -135,9 +140,13 @@ class TinyLlavaProcessor(LlavaProcessor):
 
 
 def build_processor(
-    config: TinyLlavaConfig, images: BaseImageProcessor, tokenizer, chat_template: str, tokens_per_image: int
+    config: TinyLlavaConfig,
+    images: BaseImageProcessor,
+    tokenizer: PreTrainedTokenizerBase,
+    chat_template: str,
+    tokens_per_image: int,
 ) -> TinyLlavaProcessor:
-    """The processor of a model: its pictures, its tokenizer, its chat template and its image tokens."""
+    """The processor of a model: image processor, tokenizer, chat template and number of image tokens."""
     tokenizer.chat_template = chat_template
     return TinyLlavaProcessor(
         image_processor=images,

@@ -1,6 +1,7 @@
-"""Linear layers held in 4 bits for the time of training (QLoRA, arXiv 2305.14314), by bitsandbytes.
+"""Store linear layers in 4 bits during training (QLoRA, arXiv 2305.14314), with bitsandbytes.
 
-Never saved: a checkpoint links the files that hold the weights as they were (stage.py), and the adapter lies beside.
+The 4-bit weights are never saved: a checkpoint holds links to the files of the unquantised weights (train/start.py) and
+the adapter.
 """
 
 import os
@@ -13,40 +14,40 @@ from torch import nn
 
 from tinyllava.console import messages
 from tinyllava.errors import UserError
-from tinyllava.model.adapter import replace_module
 from tinyllava.model.modeling import TinyLlavaForConditionalGeneration
+from tinyllava.model.modules import replace_module
 
-A_SECOND = 30_000_000  # weights that one CPU core quantises in a second
+WEIGHTS_PER_SECOND = 30_000_000  # the speed of one CPU core: a progress bar is shown if it takes over two seconds
 
 
 def quantise(model: TinyLlavaForConditionalGeneration, layers: Mapping[str, Mapping[str, Any]]) -> None:
     """Replace the linear layers named in `layers` by bitsandbytes' Linear4bit, with its options, in place.
 
-    An accelerator, where there is one, quantises; a model on the meta device keeps its shapes. Raises UserError where
-    bitsandbytes is absent or does not know the device.
+    It runs on the accelerator if there is one. A model on the meta device keeps its shapes. Raises UserError when
+    bitsandbytes is missing or does not support the device.
     """
     device = torch.device("cpu")
     if torch.accelerator.is_available():
         device = torch.device(torch.accelerator.current_accelerator().type, int(os.environ.get("LOCAL_RANK", 0)))
-    bitsandbytes = _library(device)
+    bitsandbytes = _import_bitsandbytes(device)
     sizes = [model.get_submodule(name).weight.numel() for name in layers]
-    hidden = model.device.type == "meta" or device.type != "cpu" or sum(sizes) < 2 * A_SECOND
+    hidden = model.device.type == "meta" or device.type != "cpu" or sum(sizes) < 2 * WEIGHTS_PER_SECOND
     for name in track(layers, "quantising", console=messages, transient=True, disable=hidden):
         layer, options = model.get_submodule(name), layers[name]
         packed = bitsandbytes.nn.Linear4bit(layer.in_features, layer.out_features, bias=False, device="meta", **options)
         packed.weight = bitsandbytes.nn.Params4bit(layer.weight.data, module=packed, **options)
         packed.bias = layer.bias
-        # On CPUs with AVX512-BF16 a first forward in eval mode would repack the weights for inference, in a layout
-        # through which no gradient flows: a validation would end the training.
+        # On CPUs with AVX512-BF16, a first forward in eval mode would repack the weights for inference. No gradient
+        # flows through that layout: the first validation would end the training.
         packed.support_avx512bf16_for_cpu = False
         if layer.weight.device.type != "meta":
             packed = packed.to(device)
         replace_module(model, name, packed.train(layer.training))
-    model.is_loaded_in_4bit = True  # what peft and `num_parameters` ask for
+    model.is_loaded_in_4bit = True  # peft and `num_parameters` look at it
 
 
-def compute_in(model: TinyLlavaForConditionalGeneration, dtype: torch.dtype) -> None:
-    """Let quantised layers multiply in `dtype`, whatever comes in: autocast does not reach into them."""
+def set_compute_dtype(model: TinyLlavaForConditionalGeneration, dtype: torch.dtype) -> None:
+    """Let quantised layers multiply in `dtype`, for any input: autocast has no effect on them."""
     for module in model.modules():
         if getattr(module, "quant_state", None) is not None:
             module.compute_dtype, module.compute_type_is_set = dtype, True
@@ -57,19 +58,19 @@ def is_quantised(parameter: nn.Parameter) -> bool:
     return getattr(parameter, "quant_state", None) is not None
 
 
-def size(parameter: nn.Parameter) -> int:
-    """How many weights a parameter stands for, packed or not."""
+def count_weights(parameter: nn.Parameter) -> int:
+    """The number of weights in a parameter, packed or not."""
     return parameter.quant_state.shape.numel() if is_quantised(parameter) else parameter.numel()
 
 
-def _library(device: torch.device) -> Any:
+def _import_bitsandbytes(device: torch.device) -> Any:
     try:
         import bitsandbytes
     except ImportError:
-        raise UserError('qlora needs bitsandbytes: pip install "tinyllava-factory[qlora]"') from None
+        raise UserError('qlora requires bitsandbytes: pip install "tinyllava-factory[qlora]"') from None
     if device.type not in bitsandbytes.supported_torch_devices:
         known = ", ".join(sorted(bitsandbytes.supported_torch_devices))
         raise UserError(
-            f"bitsandbytes {bitsandbytes.__version__} cannot quantise on {device.type} (it can on {known})."
+            f"bitsandbytes {bitsandbytes.__version__} cannot quantise on {device.type}. Supported: {known}."
         )
     return bitsandbytes

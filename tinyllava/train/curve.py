@@ -1,15 +1,17 @@
-"""A stage's `metrics.jsonl` as a picture: the loss, and below it the learning rates and the gradient norm."""
+"""Draw `curve.png`: the loss of a stage, and below it the learning rates and the gradient norm."""
 
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-SMOOTHING = 0.05  # share of the run over which the thick line averages
+from tinyllava import atomic
+
+SMOOTHING = 0.05  # the thick line averages over this share of the run
 
 
 def smooth(values: list[float]) -> np.ndarray:
-    """Exponential moving average, with Adam's correction for its start."""
+    """The exponential moving average, with the bias correction of Adam for the first values."""
     decay = 1 - 1 / max(2.0, SMOOTHING * len(values))
     average, weight, smoothed = 0.0, 0.0, []
     for value in values:
@@ -18,17 +20,17 @@ def smooth(values: list[float]) -> np.ndarray:
     return np.array(smoothed)
 
 
-def series(lines: list[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:
-    """Steps and values of the lines that hold a number under `key`."""
-    found = [(line["step"], line[key]) for line in lines if line.get(key) is not None]
-    return [step for step, _ in found], [value for _, value in found]
+def read_series(lines: list[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:
+    """Steps and values of the log lines that hold a number under `key`."""
+    points = [(line["step"], line[key]) for line in lines if line.get(key) is not None]
+    return [step for step, _ in points], [value for _, value in points]
 
 
-def draw(lines: list[dict[str, Any]], title: str, path: Path) -> None:
-    """Draw the lines of a metrics file into `path`, a PNG. Does nothing before there is a training loss."""
-    from matplotlib.figure import Figure  # not pyplot: no window system is asked for, and no state is shared
+def draw_curve(lines: list[dict[str, Any]], title: str, path: Path) -> None:
+    """Draw the log lines of a stage into `path`, a PNG. Does nothing before the first training loss."""
+    from matplotlib.figure import Figure  # not pyplot, which looks for a display and has global state
 
-    steps, losses = series(lines, "loss")
+    steps, losses = read_series(lines, "loss")
     if not steps:
         return
     figure = Figure(figsize=(8, 6.5), dpi=110, layout="constrained")
@@ -38,7 +40,7 @@ def draw(lines: list[dict[str, Any]], title: str, path: Path) -> None:
     averaged = smooth(losses)
     loss.plot(steps, losses, color=blue, alpha=0.35, linewidth=1, label="training, as logged")
     loss.plot(steps, averaged, color=blue, linewidth=2, label=f"training, smoothed ({averaged[-1]:.3f} at the end)")
-    eval_steps, eval_losses = series(lines, "eval_loss")
+    eval_steps, eval_losses = read_series(lines, "eval_loss")
     if eval_steps:
         end = f"validation ({eval_losses[-1]:.3f} at the end)"
         loss.plot(eval_steps, eval_losses, color=red, marker="o", markersize=4, linewidth=1.5, label=end)
@@ -47,14 +49,16 @@ def draw(lines: list[dict[str, Any]], title: str, path: Path) -> None:
     loss.legend(frameon=False)
 
     keys = sorted({key for line in lines for key in line if key.startswith("lr/")}) or ["learning_rate"]
-    for number, key in enumerate(keys):  # parts often share a rate: dashes leave the line below visible
+    for number, key in enumerate(keys):  # parts often have the same rate: dashes show the line below
         dashes = (0, ()) if number == 0 else (number * 4, (4, 4 * number))
-        rate.plot(*series(lines, key), linestyle=dashes, linewidth=1.8, label=key.removeprefix("lr/").replace("_", " "))
+        rate.plot(
+            *read_series(lines, key), linestyle=dashes, linewidth=1.8, label=key.removeprefix("lr/").replace("_", " ")
+        )
     rate.set_ylabel("learning\nrate")
     rate.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
     rate.legend(frameon=False, fontsize="small", ncols=len(keys))
 
-    norm.plot(*series(lines, "grad_norm"), color="#4d4d4d", linewidth=1)
+    norm.plot(*read_series(lines, "grad_norm"), color="#4d4d4d", linewidth=1)
     norm.set_ylabel("gradient\nnorm")
     norm.set_xlabel("optimiser step")
     for axes in (loss, rate, norm):
@@ -63,6 +67,5 @@ def draw(lines: list[dict[str, Any]], title: str, path: Path) -> None:
     for axes in (rate, norm):
         axes.set_ylim(bottom=0)
     figure.align_ylabels()
-    beside = path.with_suffix(".partial")
-    figure.savefig(beside, format="png")
-    beside.replace(path)
+    with atomic.write_file(path) as partial:
+        figure.savefig(partial, format="png")

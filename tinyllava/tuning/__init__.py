@@ -1,11 +1,14 @@
-"""How a part is trained, as data: one file a tuning, `class Tuning`, a pydantic dataclass of its options.
+"""Tunings say how a part (a vision tower, a connector or an LLM) is trained. One file is one tuning.
 
-A tuning answers one question about one part (a vision tower, a connector or an LLM):
+Read full.py first, then lora.py.
 
-    select(part: Part) -> Selection      # which parameters train, which modules get LoRA, how the part is quantised
+A file defines one class, a pydantic dataclass of the tuning's options:
 
-and imports nothing of ours but this contract. `train/tune.py` compiles the three answers into `requires_grad`, one
-LoraConfig and the optimiser's parameter groups.
+    class Tuning:
+        def select(self, part: TunablePart) -> Selection: ...  # parameters to train, LoRA targets, layers to quantise
+
+A tuning changes nothing by itself. `train/tune.py` compiles the selections of the three parts into `requires_grad`, one
+LoraConfig and the optimiser's parameter groups. A tuning imports only this file and `errors` from the package.
 """
 
 import re
@@ -18,12 +21,12 @@ from tinyllava.errors import UserError
 
 
 @dataclass(frozen=True)
-class Part:
-    """A part as a tuning sees it: its module, and the layers that its output really depends on.
+class TunablePart:
+    """A part as a tuning sees it: its module, and the parameters that the loss depends on.
 
-    `blocks` are the names of its repeated layers in order (`encoder.layers.0`, ...), found from the module structure.
-    `parameters` are those that the loss can reach: a tower's layers above the feature layer are not among them.
-    `new_rows` are the rows of an LLM's embeddings that tokens got when the model was built, `<image>` among them.
+    `blocks` are the names of its repeated layers in order (`encoder.layers.0`, ...). `parameters` are the names of the
+    parameters that the loss depends on. They do not include a tower's layers above the feature layer. `new_rows` are
+    the rows of an LLM's embeddings for new tokens, such as `<image>`, that building the model added or filled.
     """
 
     name: str
@@ -34,39 +37,40 @@ class Part:
 
     @property
     def title(self) -> str:
-        """What a message calls it."""
+        """The part's name in messages: vision tower, connector, LLM."""
         return {"llm": "LLM"}.get(self.name, self.name.replace("_", " "))
 
-    def used(self, name: str) -> bool:
+    def is_used(self, name: str) -> bool:
         """Whether the loss depends on the module `name` (dotted, relative to the part)."""
         return any(parameter.startswith(f"{name}.") for parameter in self.parameters)
 
     def require_new_rows(self) -> dict[str, list[int]]:
-        """`new_rows`. Raises UserError when there are none."""
+        """Return `new_rows`. Raises UserError if there are none."""
         if not self.new_rows:
             raise UserError(
-                f"the {self.title} got no new tokens when the model was built, so there are no rows to train."
+                f"the {self.title} has no new tokens, so there are no rows to train."
+                " Use another tuning, or lora without new_tokens."
             )
         return self.new_rows
 
 
 @dataclass(frozen=True)
 class Selection:
-    """What to train of one part, and how it is held meanwhile: names relative to the part."""
+    """What to train of one part, and how its weights are stored during training. Names are relative to the part."""
 
     parameters: list[str] = field(default_factory=list)
-    rows: dict[str, list[int]] = field(default_factory=dict)  # parameters of which these rows alone are trained
+    rows: dict[str, list[int]] = field(default_factory=dict)  # parameters of which only these rows are trained
     lora_targets: list[str] = field(default_factory=list)
     lora: dict[str, Any] = field(default_factory=dict)  # fields of peft's LoraConfig
-    quantised: list[str] = field(default_factory=list)  # linear layers held in 4 bits; nothing else of the part changes
+    quantised: list[str] = field(default_factory=list)  # linear layers to store in 4 bits
     quantisation: dict[str, Any] = field(default_factory=dict)  # options of bitsandbytes' Linear4bit
 
 
-def linear_layers(module: nn.Module, pattern: str | None = None) -> list[str]:
-    """Names of all linear layers inside `module` that are called as layers, those matching the regular expression
-    `pattern` if one is given.
+def find_linear_layers(module: nn.Module, pattern: str | None = None) -> list[str]:
+    """Names of the linear layers inside `module`, optionally only those that match the regular expression `pattern`.
 
-    Torch's MultiheadAttention only reads the weight of its output projection: an adapter there would never run.
+    The output projection of torch's MultiheadAttention is left out: its weight is read, but the layer is never called,
+    so an adapter on it would have no effect.
     """
     names = [
         name

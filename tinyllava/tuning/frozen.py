@@ -1,15 +1,15 @@
-"""`frozen`: nothing of the part is trained. A frozen tower runs without autograd."""
+"""`frozen`: do not train the part. A frozen vision tower runs without autograd."""
 
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 
-from tinyllava.tuning import Part, Selection
+from tinyllava.tuning import Selection, TunablePart
 
 
 @dataclass(config=ConfigDict(extra="forbid"))
 class Tuning:
     """Train nothing."""
 
-    def select(self, part: Part) -> Selection:
-        """No parameters."""
+    def select(self, part: TunablePart) -> Selection:
+        """Select no parameters."""
         return Selection()

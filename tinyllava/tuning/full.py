@@ -1,15 +1,18 @@
-"""`full`: every parameter of the part that the loss depends on is trained."""
+"""`full`: train every parameter of the part that the loss depends on."""
 
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 
-from tinyllava.tuning import Part, Selection
+from tinyllava.tuning import Selection, TunablePart
 
 
 @dataclass(config=ConfigDict(extra="forbid"))
 class Tuning:
-    """Train everything that is used. A tower's layers above the feature layer are not: they would only confuse DDP."""
+    """Train all used parameters.
 
-    def select(self, part: Part) -> Selection:
-        """All used parameters."""
+    A tower's layers above the feature layer are not used: DDP would wait for gradients that they never get.
+    """
+
+    def select(self, part: TunablePart) -> Selection:
+        """Select all used parameters."""
         return Selection(parameters=list(part.parameters))

@@ -1,10 +1,10 @@
-"""`lora`: low-rank adapters on the part's linear layers (arXiv 2106.09685), through peft.
+"""`lora`: train low-rank adapters on the part's linear layers (arXiv 2106.09685), with peft.
 
-tune: {llm: {lora: {r: 128, alpha: 256}, lr: 2.0e-4}}
+    tune: {llm: {lora: {r: 128, alpha: 256}, lr: 2.0e-4}}
 
-`use_dora` (arXiv 2402.09353), `use_rslora` (arXiv 2312.03732) and `init_lora_weights` are peft's. Its initialisations
-that rewrite the base weights (pissa, olora, ...) are left out: the base under an adapter never changes here. A tuning
-of your own can hand any field of peft's LoraConfig on in `Selection.lora`.
+`use_dora` (arXiv 2402.09353), `use_rslora` (arXiv 2312.03732) and `init_lora_weights` are peft's options. peft's
+initialisations that change the base weights (pissa, olora, ...) are not supported: the base under an adapter never
+changes. Your own tuning can set any field of peft's LoraConfig in `Selection.lora`.
 """
 
 import re
@@ -14,7 +14,7 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from tinyllava.errors import UserError
-from tinyllava.tuning import Part, Selection, linear_layers
+from tinyllava.tuning import Selection, TunablePart, find_linear_layers
 
 PROJECTIONS = r"(^|\.)(to_)?(q|k|v|o|kv|qkv|out|query|key|value)(_proj)?$"
 ATTENTION = rf"{PROJECTIONS}|(attn|attention)\.(.*\.)?dense$"  # Phi's and DINOv2's output projections are `dense`
@@ -22,8 +22,10 @@ ATTENTION = rf"{PROJECTIONS}|(attn|attention)\.(.*\.)?dense$"  # Phi's and DINOv
 
 @dataclass(config=ConfigDict(extra="forbid"))
 class Tuning:
-    """Adapters of rank `r`, scaled by alpha / r (rsLoRA: alpha / sqrt(r)), on `targets`: all-linear, attention, or a
-    regular expression on layer names. `new_tokens` trains the rows of new tokens as well (see embeddings.py).
+    """Train adapters of rank `r`, scaled by alpha / r (rsLoRA: alpha / sqrt(r)).
+
+    `targets` is all-linear, attention, or a regular expression on layer names. `new_tokens` also trains the rows of new
+    tokens (see embeddings.py).
     """
 
     r: int = Field(default=64, gt=0)
@@ -35,18 +37,18 @@ class Tuning:
     use_rslora: bool = False
     init_lora_weights: bool | Literal["gaussian"] = True
 
-    def select(self, part: Part) -> Selection:
-        """The linear layers that get an adapter. Raises UserError when `targets` match none, or no token is new."""
+    def select(self, part: TunablePart) -> Selection:
+        """Select the linear layers that get an adapter. Raises UserError if there are none, or no token is new."""
         pattern = {"all-linear": None, "attention": ATTENTION}.get(self.targets, self.targets)
         try:
-            named = linear_layers(part.module, pattern)
+            matching = find_linear_layers(part.module, pattern)
         except re.error as error:
-            raise UserError(f"LoRA targets '{self.targets}' are no regular expression: {error}.") from None
-        targets = [name for name in named if part.used(name)]
+            raise UserError(f"LoRA targets '{self.targets}' are not a regular expression: {error}.") from None
+        targets = [name for name in matching if part.is_used(name)]
         if not targets:
-            some = ", ".join(linear_layers(part.module)[:4]) or "no linear layers"
+            examples = ", ".join(find_linear_layers(part.module)[:4]) or "no linear layers"
             raise UserError(
-                f"LoRA targets '{self.targets}' match nothing in the {part.title} ({some}, ...)."
+                f"LoRA targets '{self.targets}' match nothing in the {part.title} ({examples}, ...)."
                 " Use all-linear, attention, or a regular expression on such names."
             )
         options = {

@@ -1,10 +1,10 @@
-"""`qlora`: LoRA on a part whose linear layers are held in 4 bits (arXiv 2305.14314), through peft and bitsandbytes.
+"""`qlora`: train LoRA adapters on a part whose linear layers are stored in 4 bits (arXiv 2305.14314).
 
-tune: {llm: {qlora: {r: 64, alpha: 16}, lr: 2.0e-4}}
+    tune: {llm: {qlora: {r: 64, alpha: 16}, lr: 2.0e-4}}
 
-4-bit NormalFloat with double quantisation, for the time of training alone: a checkpoint holds the base weights as they
-were and the adapter beside them, so it loads, merges and continues without bitsandbytes, in full precision. Layers
-multiply in the stage's dtype (bf16 under `trainer: {bf16: true}`), else in that of what comes in.
+Requires peft and bitsandbytes. The layers are stored as 4-bit NormalFloat with double quantisation, during training
+only. A checkpoint holds the unquantised base weights and the adapter, so it loads, merges and resumes without
+bitsandbytes. Layers compute in the stage's dtype (bf16 with `trainer: {bf16: true}`), else in the dtype of their input.
 """
 
 from dataclasses import replace
@@ -13,19 +13,22 @@ from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 
 from tinyllava.errors import UserError
-from tinyllava.tuning import Part, Selection, linear_layers, lora
+from tinyllava.tuning import Selection, TunablePart, find_linear_layers, lora
 
-NF4 = {"quant_type": "nf4", "compress_statistics": True}  # compress_statistics: the scales are quantised once more
+NF4 = {"quant_type": "nf4", "compress_statistics": True}  # compress_statistics: the scales are quantised as well
 
 
 @dataclass(config=ConfigDict(extra="forbid"))
 class Tuning(lora.Tuning):
-    """LoRA, with its options, over quantised layers: those of the repeated blocks, or all of a part without blocks."""
+    """LoRA on quantised layers: those of the repeated blocks, or all layers of a part without blocks."""
 
-    def select(self, part: Part) -> Selection:
-        """LoRA's answer and the layers to quantise. Raises UserError for `new_tokens`: the base is not written anew."""
+    def select(self, part: TunablePart) -> Selection:
+        """Select LoRA's targets and the layers to quantise. Raises UserError for `new_tokens`."""
         if self.new_tokens:
-            raise UserError("qlora cannot train new_tokens: the weights under it are never written. Use lora for both.")
+            raise UserError(
+                "qlora cannot train new_tokens: the base weights must not change. Use lora with new_tokens."
+            )
+        # Every name starts with "": without blocks, all layers are taken.
         blocks = tuple(f"{block}." for block in part.blocks) or ""
-        layers = [name for name in linear_layers(part.module) if part.used(name) and name.startswith(blocks)]
+        layers = [name for name in find_linear_layers(part.module) if part.is_used(name) and name.startswith(blocks)]
         return replace(super().select(part), quantised=layers, quantisation=NF4)

@@ -1,6 +1,6 @@
 """`clip`: CLIP's image encoder (arXiv 2103.00020).
 
-One CLS token; short side resized, centre crop, CLIP's own statistics.
+One CLS token. The short side is resized, the centre is cropped, and pixels are normalised with CLIP's statistics.
 """
 
 from transformers import PretrainedConfig
@@ -8,16 +8,16 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 
 class VisionTower:
-    """What loading a CLIP tower needs to know."""
+    """What transformers cannot know about a CLIP tower."""
 
     @staticmethod
     def prefix_tokens(config: PretrainedConfig) -> int:
-        """The CLS token."""
+        """One: the CLS token."""
         return 1
 
     @staticmethod
     def image_processor(config: PretrainedConfig) -> dict:
-        """Bicubic resize of the short side to the image size, centre crop."""
+        """Bicubic resize of the short side to the image size, then a centre crop."""
         return {
             "size": {"shortest_edge": config.image_size},
             "do_center_crop": True,

@@ -5,18 +5,18 @@ from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 
 class VisionTower:
-    """What loading a DINOv2 tower needs to know."""
+    """What transformers cannot know about a DINOv2 tower."""
 
     @staticmethod
     def prefix_tokens(config: PretrainedConfig) -> int:
-        """The CLS token."""
+        """One: the CLS token."""
         return 1
 
     @staticmethod
     def image_processor(config: PretrainedConfig) -> dict:
-        """Resize of the short side by 256 / 224 of the crop, then centre crop, as DINOv2's own processor does.
+        """Resize the short side to 256 / 224 of the crop, then crop the centre, as DINOv2's own processor does.
 
-        DINOv2 was trained at 518 px but is published with a 224 px processor; its position embeddings are interpolated.
+        DINOv2 was trained at 518 px but is published with a 224 px processor: its position embeddings are interpolated.
         """
         crop = min(224, config.image_size)
         return {

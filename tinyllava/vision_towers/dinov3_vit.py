@@ -1,6 +1,7 @@
-"""`dinov3_vit`: DINOv3's ViTs (arXiv 2508.10104). CLS and register tokens; rotary positions, so any size of picture.
+"""`dinov3_vit`: DINOv3's ViTs (arXiv 2508.10104). CLS and register tokens; rotary positions, so any image size works.
 
-While it is trained, its positions are stretched at random as in its pretraining (`pos_embed_rescale` of its config).
+When the tower is trained, its positions are rescaled at random, as in its pretraining (`pos_embed_rescale` in its
+config).
 """
 
 from transformers import PretrainedConfig
@@ -8,16 +9,16 @@ from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 
 class VisionTower:
-    """What loading a DINOv3 tower needs to know."""
+    """What transformers cannot know about a DINOv3 tower."""
 
     @staticmethod
     def prefix_tokens(config: PretrainedConfig) -> int:
-        """CLS and the registers."""
+        """The number of registers, and one for the CLS token."""
         return 1 + config.num_register_tokens
 
     @staticmethod
     def image_processor(config: PretrainedConfig) -> dict:
-        """Bilinear resize to a square, as DINOv3's own processor does (which exists for torchvision only)."""
+        """Bilinear resize to a square, the same as DINOv3's own processor, but without torchvision."""
         return {
             "size": {"height": config.image_size, "width": config.image_size},
             "do_center_crop": False,

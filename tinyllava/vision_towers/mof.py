@@ -1,58 +1,62 @@
-"""`mof`: a mixture of two towers that look at the same picture.
+"""`mof`: a mixture of two towers that see the same image.
 
-Their patches stand side by side on channels, so that any connector sees both, as in prismatic's fused towers (arXiv
-2402.07865, section 4.2); with the connector `mof_mlp` their tokens are interleaved (arXiv 2401.06209, section 4.2).
+Their patch features are joined on channels, so that any connector sees both, as in prismatic's fused towers (arXiv
+2402.07865, section 4.2). With the connector `mof_mlp` their tokens are interleaved (arXiv 2401.06209, section 4.2).
 
     vision_tower: mof:openai/clip-vit-large-patch14+facebook/dinov2-large         # two Hub ids or directories
     vision_tower: {config: {model_type: mof, first: {...}, second: {...}}}        # random weights
 
-The image processor is the first tower's. The second gets the same picture normalised its own way; with equal rows in
-`image_mean` and `image_std` it gets the first's pixels, as in the original TinyLLaVA Factory.
+The image processor is that of the first tower. The second tower gets the same image, normalised with its own
+statistics. If the two rows of `image_mean` and `image_std` are equal, it gets the first tower's pixels, as in the
+original TinyLLaVA Factory.
 """
 
-from importlib import import_module
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from huggingface_hub.dataclasses import strict
 from torch import Tensor
-from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModel, PreTrainedConfig
 from transformers.modeling_outputs import BaseModelOutput
 
 from tinyllava.errors import UserError
-from tinyllava.vision_towers import family_name, size_options
+from tinyllava.vision_towers import CompositeTower, MemberInput, find_family, import_tower, make_size_options
 
+# The two towers of a mixture, and the default model_type of each.
 DEFAULTS = {"first": "clip_vision_model", "second": "dinov2"}
 
 
 class VisionTower:
-    """What loading a mixture needs to know."""
+    """What transformers cannot know about a mixture."""
 
     @staticmethod
     def prefix_tokens(config: PreTrainedConfig) -> int:
-        """None: each tower's own are dropped before the two are joined."""
+        """Zero: each tower's prefix tokens are dropped before the patches are joined."""
         return 0
 
     @staticmethod
     def image_processor(config: PreTrainedConfig) -> dict:
-        """The first tower's."""
-        return family(config.first).image_processor(config.first)
+        """The image processor of the first tower."""
+        return find_family(config.first).image_processor(config.first)
 
+    @staticmethod
+    def split_name(name: str) -> list[str]:
+        """`mof:A+B` -> [A, B]. Raises UserError unless there are two names."""
+        names = name.partition(":")[2].split("+")
+        if len(names) != len(DEFAULTS) or not all(names):
+            raise UserError(f"vision tower '{name}': a mixture has two towers. Write mof:FIRST+SECOND.")
+        return names
 
-def family(config: PreTrainedConfig) -> type[VisionTower]:
-    """What the package knows about one of the two towers. Raises UserError for one that it does not know."""
-    name = family_name(config)
-    try:
-        return import_module(f"tinyllava.vision_towers.{name}").VisionTower
-    except ModuleNotFoundError:
-        raise UserError(
-            f"mof cannot mix in a {config.model_type}: there is no file vision_towers/{name}.py that knows it."
-        ) from None
+    @staticmethod
+    def join_configs(members: list[Any]) -> dict[str, Any]:
+        """The fields of MofConfig."""
+        return {"model_type": MofConfig.model_type, **dict(zip(DEFAULTS, members, strict=True))}
 
 
 @strict
 class MofConfig(PreTrainedConfig):
-    """The configs of two towers, and the statistics that each one's pixels are normalised with (a row a tower)."""
+    """The configs of two towers, and the statistics that normalise the pixels of each (one row for each tower)."""
 
     model_type = "mof"
     sub_configs = dict.fromkeys(DEFAULTS, AutoConfig)  # transformers' own name for it
@@ -62,87 +66,86 @@ class MofConfig(PreTrainedConfig):
     image_mean: list[list[float]] | None = None
     image_std: list[list[float]] | None = None
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: object) -> None:
         for name, default in DEFAULTS.items():
-            own = getattr(self, name)
-            if not isinstance(own, PreTrainedConfig):
-                setattr(self, name, AutoConfig.for_model(**{"model_type": default, **(own or {})}))
+            fields = getattr(self, name)
+            if not isinstance(fields, PreTrainedConfig):
+                fields = {"model_type": default, **(fields or {})}
+                import_tower(fields["model_type"])
+                setattr(self, name, AutoConfig.for_model(**fields))
         for name in ("image_mean", "image_std"):
             if getattr(self, name) is None:
-                rows = [family(tower).image_processor(tower)[name] for tower in (self.first, self.second)]
-                setattr(self, name, [list(row) for row in rows])
+                towers = (self.first, self.second)
+                setattr(self, name, [list(find_family(tower).image_processor(tower)[name]) for tower in towers])
         super().__post_init__(**kwargs)
 
     @property
     def hidden_size(self) -> int:
-        """Channels of both towers."""
+        """The channels of both towers together."""
         return self.first.hidden_size + self.second.hidden_size
 
     @property
     def num_hidden_layers(self) -> int:
-        """Layers are counted from the last, so a mixture is as deep as the shallower tower."""
+        """The depth of the shallower tower, because layers are counted from the last."""
         return min(self.first.num_hidden_layers, self.second.num_hidden_layers)
 
     @property
     def image_size(self) -> int:
-        """The first tower's."""
+        """The image size of the first tower."""
         return self.first.image_size
 
     @property
     def patch_size(self) -> int:
-        """The first tower's."""
+        """The patch size of the first tower."""
         return self.first.patch_size
 
 
-class Mof(PreTrainedModel):
+class Mof(CompositeTower):
     """Two towers, [I, 3, H, W] -> [I, P, D1 + D2]. Pixels come as the first tower's image processor makes them."""
 
     config_class = MofConfig
     main_input_name = "pixel_values"
+    member_names: ClassVar = tuple(DEFAULTS)
     supports_gradient_checkpointing = True
     _supports_sdpa = _supports_flash_attn = _supports_attention_backend = True
 
     def __init__(self, config: MofConfig):
         super().__init__(config)
         self.first, self.second = AutoModel.from_config(config.first), AutoModel.from_config(config.second)
+        # Computed once: every forward needs it, and finding a family lists a directory.
+        self.prefix_tokens = [find_family(tower).prefix_tokens(tower) for tower in (config.first, config.second)]
         self.post_init()
 
-    def members(self, pixel_values: Tensor, indices: list[int]) -> list[tuple[PreTrainedModel, Tensor, list[int], int]]:
-        """Each tower with its own pixels, the indices of its hidden states, and the number of its prefix tokens."""
-        towers, depth = (self.first, self.second), self.config.num_hidden_layers
-        pixels = (pixel_values, self._for_second(pixel_values))
-        return [
-            (
-                tower,
-                own,
-                [index + tower.config.num_hidden_layers - depth for index in indices],
-                family(tower.config).prefix_tokens(tower.config),
-            )
-            for tower, own in zip(towers, pixels, strict=True)
-        ]
+    def split_inputs(self, pixel_values: Tensor, indices: list[int]) -> list[MemberInput]:
+        """The input of each tower: its own pixels, and indices of hidden states that are aligned at the last layer."""
+        pixels = (pixel_values, self._convert_for_second(pixel_values))
+        inputs = []
+        for tower, member_pixels, prefix in zip(self.members.values(), pixels, self.prefix_tokens, strict=True):
+            deeper = tower.config.num_hidden_layers - self.config.num_hidden_layers
+            inputs.append(MemberInput(tower, member_pixels, [index + deeper for index in indices], prefix))
+        return inputs
 
-    def _for_second(self, pixels: Tensor) -> Tensor:
-        """The picture at the size that gives as many patches, normalised with the second tower's statistics."""
+    def _convert_for_second(self, pixels: Tensor) -> Tensor:
+        """The pixels for the second tower: with its statistics, and at the size that gives it as many patches."""
         side = pixels.shape[-1] // self.first.config.patch_size * self.second.config.patch_size
-        (mean, own_mean), (std, own_std) = self.config.image_mean, self.config.image_std
-        own = pixels
-        if (mean, std) != (own_mean, own_std):
-            mean, own_mean, std, own_std = (
-                torch.tensor(row, device=pixels.device).view(1, 3, 1, 1) for row in (mean, own_mean, std, own_std)
-            )
-            own = (own.float() * std + mean - own_mean) / own_std
+        means, stds = self.config.image_mean, self.config.image_std
+        converted = pixels
+        if means[0] != means[1] or stds[0] != stds[1]:
+            mean = torch.tensor(means, device=pixels.device).view(2, 1, 3, 1, 1)
+            std = torch.tensor(stds, device=pixels.device).view(2, 1, 3, 1, 1)
+            # Undo the first tower's normalisation, then apply the second's.
+            converted = (pixels.float() * std[0] + mean[0] - mean[1]) / std[1]
         if side != pixels.shape[-1]:
-            own = F.interpolate(own.float(), size=(side, side), mode="bicubic", antialias=True)
-        return own.to(pixels.dtype)
+            converted = F.interpolate(converted.float(), size=(side, side), mode="bicubic", antialias=True)
+        return converted.to(pixels.dtype)
 
     def forward(self, pixel_values: Tensor, **kwargs: object) -> BaseModelOutput:
         """Hidden states of both towers, joined: `hidden_states[-k]` holds the k-th from the last of each."""
         columns = []
-        for tower, pixels, indices, prefix in self.members(
-            pixel_values, list(range(self.config.num_hidden_layers + 1))
-        ):
-            states = tower(pixels, output_hidden_states=True, **size_options(tower.config, pixels)).hidden_states
-            columns.append([states[index][:, prefix:] for index in indices])
+        for member in self.split_inputs(pixel_values, list(range(self.config.num_hidden_layers + 1))):
+            options = make_size_options(member.tower.config, member.pixel_values)
+            states = member.tower(member.pixel_values, output_hidden_states=True, **options).hidden_states
+            columns.append([states[index][:, member.prefix_tokens :] for index in member.indices])
         joined = tuple(torch.cat(pair, dim=-1) for pair in zip(*columns, strict=True))
         return BaseModelOutput(last_hidden_state=joined[-1], hidden_states=joined)
 

@@ -7,16 +7,16 @@ from transformers import PretrainedConfig
 
 
 class VisionTower:
-    """What loading a SigLIP tower needs to know."""
+    """What transformers cannot know about a SigLIP tower."""
 
     @staticmethod
     def prefix_tokens(config: PretrainedConfig) -> int:
-        """None: all 729 tokens of so400m-384 are patches."""
+        """Zero: all 729 tokens of so400m-patch14-384 are patches."""
         return 0
 
     @staticmethod
     def image_processor(config: PretrainedConfig) -> dict:
-        """Bicubic resize to a square (the aspect ratio is not kept), values in [-1, 1]."""
+        """Bicubic resize to a square, which changes the aspect ratio; values in [-1, 1]."""
         return {
             "size": {"height": config.image_size, "width": config.image_size},
             "do_center_crop": False,

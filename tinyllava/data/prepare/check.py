@@ -1,6 +1,6 @@
-"""What is there of a dataset, what lacks, and whether the pictures that training files name lie where they should.
+"""Check a dataset: which items are present or missing, and whether the images that training files name exist.
 
-625,000 pictures are looked for in seconds: each folder is listed once, and no file is opened.
+Each image folder is listed once and no image is opened, so 625,000 images take seconds.
 """
 
 import os
@@ -11,121 +11,129 @@ from typing import Any
 from rich.progress import track
 
 from tinyllava.console import messages
-from tinyllava.data.prepare import Annotations, Dataset, Part, find, shards
-from tinyllava.data.prepare.fetch import sha256_of
-from tinyllava.data.sources._json import json_records
+from tinyllava.data.prepare import Annotations, DatasetDescription, Item, count_shards, find_item
+from tinyllava.data.prepare.fetch import hash_file
+from tinyllava.data.sources._json import parse_records
 from tinyllava.errors import UserError
 
 EXAMPLES = 3
 
 
 @dataclass
-class Found:
-    """One part: whether it will do, and what is to be said of it."""
+class ItemStatus:
+    """Whether an item is present and complete, and a text about it ("" if nothing is there)."""
 
-    part: Part
-    good: bool
+    item: Item
+    is_complete: bool
     text: str
 
 
 @dataclass
-class Pictures:
-    """The pictures of one folder that a training file names: how many, how many of them lack, and a few of those."""
+class FolderCount:
+    """The images of one folder that a training file names: how many, how many are missing, and which, for example."""
 
-    named: int = 0
-    lacking: int = 0
+    images: int = 0
+    missing: int = 0
     examples: list[str] = field(default_factory=list)
 
 
 @dataclass
-class Records:
-    """What a training file holds. `fault` says why it could not be read to its end."""
+class RecordCount:
+    """What a training file holds. `fault` is the error that ended the reading early."""
 
     annotations: Annotations
     records: int = 0
     with_picture: int = 0
-    folders: dict[str, Pictures] = field(default_factory=dict)
+    folders: dict[str, FolderCount] = field(default_factory=dict)
     fault: str = ""
 
     @property
-    def good(self) -> bool:
-        return not self.fault and self.is_release and not any(one.lacking for one in self.folders.values())
+    def is_complete(self) -> bool:
+        """Whether the file is the publisher's and none of its images is missing."""
+        return not self.fault and self.is_release and not any(folder.missing for folder in self.folders.values())
 
     @property
     def is_release(self) -> bool:
-        """Whether it holds as many records as its publisher's."""
+        """Whether it holds as many records as the publisher's file."""
         expected = self.annotations
         return self.records == expected.records and expected.with_picture in (None, self.with_picture)
 
 
-def look(part: Part, root: Path) -> Found:
-    """Whether a part is there, and what its publisher says of it holds."""
-    found = find(part, root)
-    if not found:
-        return Found(part, False, "")
-    path = found[0]
+def check_item(item: Item, root: Path) -> ItemStatus:
+    """Check that an item is present and has the files and the checksum that its publisher states."""
+    files = find_item(item, root)
+    if not files:
+        return ItemStatus(item, False, "")
+    path = files[0]
+    alternative = _name_alternative(item, path, root)
     if path.is_dir():
         with os.scandir(path) as entries:
             count = sum(1 for _ in entries)
-        if part.files and not instead(part, path, root) and count < part.files:
-            return Found(part, False, f"{count:,} files, expected {part.files:,}")
-        return Found(part, count > 0, f"{count:,} entries{instead(part, path, root)}" if count else "empty")
-    there, expected = shards(found)
-    if there < expected:
-        return Found(part, False, f"{there} of {expected} files")
-    if part.sha256 and not instead(part, path, root) and sha256_of(path) != part.sha256:
-        return Found(part, False, "another checksum than its publisher's: damaged, or another release")
-    size = sum(one.stat().st_size for one in found)
-    files = f"{len(found)} files, " if len(found) > 1 else ""
-    return Found(part, size > 0, f"{files}{_bytes(size)}{instead(part, path, root)}")
+        if item.files and not alternative and count < item.files:
+            return ItemStatus(item, False, f"{count:,} files, expected {item.files:,}")
+        return ItemStatus(item, count > 0, f"{count:,} entries{alternative}" if count else "empty")
+    present, expected = count_shards(files)
+    if present < expected:
+        return ItemStatus(item, False, f"{present} of {expected} files")
+    if item.sha256 and not alternative and hash_file(path) != item.sha256:
+        return ItemStatus(item, False, "wrong checksum: the file is damaged, or another release")
+    size = sum(file.stat().st_size for file in files)
+    number = f"{len(files)} files, " if len(files) > 1 else ""
+    return ItemStatus(item, size > 0, f"{number}{_format_size(size)}{alternative}")
 
 
-def instead(part: Part, path: Path, root: Path) -> str:
-    """What is there in the place of a part, if it is not the part itself."""
-    return "" if path.match(str(root / part.path)) else f" ({path.relative_to(root)})"
+def _name_alternative(item: Item, path: Path, root: Path) -> str:
+    """Return the path in parentheses if it is one of the item's other forms, else ""."""
+    return "" if path.match(str(root / item.path)) else f" ({path.relative_to(root)})"
 
 
-def count(dataset: Dataset, annotations: Annotations, root: Path) -> Records:
-    """Read a training file once, and look for its pictures."""
-    result, listed = Records(annotations), {}
+def count_records(dataset: DatasetDescription, annotations: Annotations, root: Path) -> RecordCount:
+    """Read a training file once, and check that its images exist."""
+    result = RecordCount(annotations)
     images = os.path.normpath(root / annotations.images)
-    folders = sorted((part.path.rstrip("/") for part in dataset.parts if part.is_folder), key=len, reverse=True)
+    # Longest first: an image counts for the innermost folder of the dataset that holds it.
+    folders = sorted((item.path.rstrip("/") for item in dataset.items if item.is_folder), key=len, reverse=True)
+    listed: dict[str, set[str]] = {}
     shown = {"console": messages, "transient": True, "disable": not messages.is_terminal}
-    records = json_records(root / annotations.path)
+    records = parse_records(root / annotations.path)
     try:
         for _, record in track(records, f"Records of {annotations.path}", total=annotations.records, **shown):
             result.records += 1
-            names = _pictures(record)
+            names = _list_images(record)
             result.with_picture += bool(names)
             for name in names:
                 path = os.path.normpath(os.path.join(images, name))
                 inside = os.path.relpath(path, root)
-                folder = next((one for one in folders if inside.startswith(f"{one}/")), os.path.dirname(inside))
-                seen = result.folders.setdefault(folder, Pictures())
-                seen.named += 1
-                if not _is_there(path, listed):
-                    seen.lacking += 1
-                    seen.examples += [inside] if len(seen.examples) < EXAMPLES else []
+                folder = next((f for f in folders if inside.startswith(f"{f}/")), os.path.dirname(inside))
+                count = result.folders.setdefault(folder, FolderCount())
+                count.images += 1
+                if not _exists(path, listed):
+                    count.missing += 1
+                    count.examples += [inside] if len(count.examples) < EXAMPLES else []
     except UserError as error:
         result.fault = str(error)
     return result
 
 
-def _pictures(record: Any) -> list[str]:
-    found = (record.get("images") or record.get("image") or []) if isinstance(record, dict) else []
-    return [found] if isinstance(found, str) else [name for name in found if isinstance(name, str)]
+def _list_images(record: Any) -> list[str]:
+    images = (record.get("images") or record.get("image") or []) if isinstance(record, dict) else []
+    return [images] if isinstance(images, str) else [name for name in images if isinstance(name, str)]
 
 
-def _is_there(path: str, listed: dict[str, set[str]]) -> bool:
+def _exists(path: str, listed: dict[str, set[str]]) -> bool:
+    """Whether the file exists. `listed` keeps the names in each folder, so that each folder is listed once."""
     folder, name = os.path.split(path)
     if folder not in listed:
         listed[folder] = set(os.listdir(folder)) if os.path.isdir(folder) else set()
     return name in listed[folder]
 
 
-def _bytes(size: int) -> str:
-    for unit in ("bytes", "KB", "MB"):
-        if size < 1000:
-            return f"{size:.3g} {unit}" if unit != "bytes" else f"{size} bytes"
+def _format_size(size: float) -> str:
+    """Format a number of bytes with decimal units: '2 bytes', '1.5 KB', '20.3 GB'."""
+    if size < 1000:
+        return f"{size} bytes"
+    for unit in ("KB", "MB"):
         size /= 1000
-    return f"{size:.1f} GB"
+        if size < 1000:
+            return f"{size:.3g} {unit}"
+    return f"{size / 1000:.1f} GB"

@@ -1,7 +1,11 @@
-"""Getting one part of a dataset: from a URL or from the Hub, on from where a broken download stopped.
+"""Download one item of a dataset, from a URL or from the Hub. A broken download resumes where it stopped.
 
-What was fetched is checked before it takes its place: the size against what the server said, the content against the
-checksum that is known (of the Hub's files always), and each file of a zip against the zip's own.
+A file gets its name only after it is checked: its size against what the server announced, its content against the
+checksum (always known for files of the Hub), and each file of a zip against the zip's own checksum.
+
+Hub files are downloaded by huggingface_hub. Files from URLs can have 20 GB and no checksum, and some servers break the
+connection. So an incomplete file stays in NAME.partial until the next run, while general-purpose download libraries
+would delete it.
 """
 
 import hashlib
@@ -15,106 +19,111 @@ import urllib.request
 import zipfile
 from pathlib import Path
 
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, track
+from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeRemainingColumn, track
 
 from tinyllava.console import messages
-from tinyllava.data.prepare import Part
+from tinyllava.data.prepare import Item
 from tinyllava.errors import UserError
 
 CHUNK = 1 << 20
 TIMEOUT = 60  # seconds without a byte
-TRIES = 5  # in a row without a new byte
+ATTEMPTS = 5  # without a new byte, one after another
+# HTTPException: a broken chunked transfer. SSLError: a connection cut inside an encrypted record.
 BROKEN = (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError, ssl.SSLError)
-AGAIN = "Run this again, and it goes on from there."
-ASIDE = ".downloads"  # under the root: zips, until they are unpacked
+RESUME = "Run the command again to resume."
+RETRY = "It was deleted. Run the command again."
+ARCHIVES = ".downloads"  # under the root: zips, until they are unpacked
 
 
-class NotFetched(UserError):
-    """One part could not be had; what else is asked for still can."""
+class DownloadError(UserError):
+    """One item could not be downloaded. Other items still can."""
 
 
-class Unreachable(NotFetched):
-    """No connection at all: nothing else can be had from there either."""
+class Unreachable(DownloadError):
+    """No connection to the server: no other item can be downloaded from it either."""
 
 
-def fetch(part: Part, root: Path) -> None:
-    """Fetch a part that has a `url` or a `hub`, and unpack it where it is a zip."""
-    name = part.file or part.url.rpartition("/")[2]
-    target = root / part.path
+def fetch_item(item: Item, root: Path) -> None:
+    """Download an item that has a `url` or a `hub`, and unpack it if it is a zip. Raises DownloadError."""
+    name = item.file or item.url.rpartition("/")[2]
+    target = root / item.path
     if not name.endswith(".zip"):
-        _get(part, target, root / part.path.removesuffix(name))
+        _download(item, target, root / item.path.removesuffix(name))
         return
-    aside = root / ASIDE / part.path.strip("/").replace("/", "-")
-    archive = aside / name
+    folder = root / ARCHIVES / item.path.strip("/").replace("/", "-")
+    archive = folder / name
     if not archive.exists():
-        _get(part, archive, aside)
-    unpack(archive, target if part.is_folder else target.parent)
-    shutil.rmtree(aside)
+        _download(item, archive, folder)
+    unpack_zip(archive, target if item.is_folder else target.parent)
+    shutil.rmtree(folder)
 
 
-def _get(part: Part, target: Path, folder: Path) -> None:
+def _download(item: Item, target: Path, folder: Path) -> None:
+    """Download to `target` from a URL, or into `folder` from the Hub, which adds the path inside the repository."""
     folder.mkdir(parents=True, exist_ok=True)
-    if part.hub:
-        from_hub(part.hub, part.file, folder)
+    if item.hub:
+        download_from_hub(item.hub, item.file, folder)
     else:
-        download(part.url, target, part.sha256)
+        download_url(item.url, target, item.sha256)
 
 
-def download(url: str, target: Path, sha256: str | None = None) -> None:
-    """Fetch one file. What has come of it lies in TARGET.partial until it is whole and its checksum is right.
+def download_url(url: str, target: Path, sha256: str | None = None) -> None:
+    """Download one file. TARGET.partial holds the bytes received until the file is complete and its checksum is right.
 
-    Raises NotFetched (Unreachable where no connection can be made at all).
+    Raises Unreachable if no connection can be made and DownloadError for everything else.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f"{target.name}.partial")
-    with _bar() as bar:
+    size = _get_size(partial)
+    attempts = 0
+    with _build_bar() as bar:
         row = bar.add_task(target.name, total=None)
-        tries, done = 0, _size(partial)
-        while fault := _go_on(url, partial, bar, row):
-            before, done = done, _size(partial)
-            tries = 1 if done > before else tries + 1
-            if not done:
-                raise Unreachable(str(getattr(fault, "reason", fault)))
-            if tries > TRIES:
-                raise NotFetched(f"{url} broke off: {getattr(fault, 'reason', fault)}. {AGAIN}")
-            time.sleep(2**tries / 4)
-    if sha256 is not None and (found := sha256_of(partial)) != sha256:
+        while fault := _receive(url, partial, bar, row):
+            before, size = size, _get_size(partial)
+            attempts = 1 if size > before else attempts + 1
+            reason = getattr(fault, "reason", fault)
+            if not size:
+                raise Unreachable(str(reason))
+            if attempts > ATTEMPTS:
+                raise DownloadError(f"the download of {url} was interrupted: {reason}. {RESUME}")
+            time.sleep(2**attempts / 4)
+    if sha256 is not None and (actual := hash_file(partial)) != sha256:
         partial.unlink()
-        raise NotFetched(
-            f"{url}: its SHA-256 is {found}, expected {sha256}: damaged on the way, or changed by its publisher. "
-            "It was removed; run this again."
-        )
-    os.replace(partial, target)
+        raise DownloadError(f"{url} has SHA-256 {actual}, expected {sha256}: damaged, or a new version. {RETRY}")
+    partial.replace(target)
 
 
-def _go_on(url: str, partial: Path, bar: Progress, row: int) -> Exception | None:
-    """Append to `partial` what the server still has of the file; what broke it off, or None when all of it is there."""
-    done = _size(partial)
+def _receive(url: str, partial: Path, bar: Progress, row: TaskID) -> Exception | None:
+    """Append the rest of the file to `partial`. Return what interrupted it, or None if the file is complete."""
+    done = _get_size(partial)
     request = urllib.request.Request(url, headers={"User-Agent": "tinyllava", "Range": f"bytes={done}-"})
     try:
         with urllib.request.urlopen(request, timeout=TIMEOUT) as response, partial.open("ab") as file:
-            if response.status != 206:  # a server that knows no ranges begins anew
+            if response.status != 206:  # a server without support for ranges sends the whole file
                 done = 0
                 file.truncate(0)
             length = response.headers.get("Content-Length")
             total = done + int(length) if length is not None else None
-            need_room(partial.parent, (total or done) - done, url)
+            check_disk_space(partial.parent, int(length or 0), url)
             bar.update(row, total=total, completed=done)
             while chunk := response.read(CHUNK):
                 file.write(chunk)
                 done += len(chunk)
                 bar.update(row, completed=done)
     except urllib.error.HTTPError as error:
-        if error.code == 416 and done:  # there is nothing beyond what is here
+        if error.code == 416 and done:  # nothing follows the bytes that are here: the file is complete
             return None
-        raise NotFetched(f"{url}: the server says {error.code} {error.reason}.") from None
+        raise DownloadError(f"{url}: the server answered {error.code} {error.reason}.") from None
     except BROKEN as error:
         return error
-    return None if total in (None, done) else ConnectionError("it ended too early")
+    return None if total in (None, done) else ConnectionError("the connection was closed too early")
 
 
-def from_hub(repository: str, pattern: str, folder: Path) -> None:
-    """Fetch the files of a Hub dataset that fit `pattern` into `folder`, at their paths, and verify their checksums."""
+def download_from_hub(repository: str, pattern: str, folder: Path) -> None:
+    """Download the files of a Hub dataset that match `pattern` into `folder`, and verify their checksums.
+
+    Raises Unreachable if there is no connection to the Hub and DownloadError for everything else.
+    """
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import DryRunError, HfHubHTTPError, HTTPError, OfflineModeIsEnabled
 
@@ -122,82 +131,87 @@ def from_hub(repository: str, pattern: str, folder: Path) -> None:
     try:
         files = snapshot_download(repository, allow_patterns=pattern, dry_run=True, **where)
         if not files:
-            raise NotFetched(f"dataset {repository} on the Hub has no {pattern} any more.")
-        need_room(folder, sum(file.file_size or 0 for file in files if file.will_download), repository)
+            raise DownloadError(f"the dataset {repository} on the Hub no longer has {pattern}.")
+        check_disk_space(folder, sum(file.file_size or 0 for file in files if file.will_download), repository)
         snapshot_download(repository, allow_patterns=pattern, **where)
         verified = HfApi().verify_repo_checksums(repository, **where)
     except (DryRunError, OfflineModeIsEnabled) as error:
         cause = error.__cause__ or error
         if isinstance(cause, HfHubHTTPError):
-            raise _refused(repository, cause) from None
-        raise Unreachable(_first_line(cause)) from None
-    except (HTTPError, OSError) as error:  # HTTPError: of the HTTP library, whichever version the client is built on
-        if getattr(error, "errno", None) is not None:  # the disk, not the Hub
+            raise _explain_refusal(repository, cause) from None
+        raise Unreachable(_get_first_line(cause)) from None
+    except (HTTPError, OSError) as error:  # HTTPError: of whichever HTTP library the client is built on
+        if getattr(error, "errno", None) is not None:  # an error of the disk, not of the Hub
             raise
-        raise _refused(repository, error) from None
+        raise _explain_refusal(repository, error) from None
     if verified.mismatches:
         for mismatch in verified.mismatches:
             (folder / mismatch["path"]).unlink()
         names = ", ".join(mismatch["path"] for mismatch in verified.mismatches)
-        raise NotFetched(f"{names} of {repository} had a wrong checksum. Removed; run this again.")
+        raise DownloadError(f"wrong checksum: {names} of {repository}. {RETRY}")
 
 
-def _refused(repository: str, error: Exception) -> NotFetched:
+def _explain_refusal(repository: str, error: Exception) -> DownloadError:
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError
 
     if isinstance(error, GatedRepoError):
         page = f"https://huggingface.co/datasets/{repository}"
-        return NotFetched(f"{repository} asks for your consent: give it on {page}, and log in with `hf auth login`.")
-    again = "" if isinstance(error, HfHubHTTPError) else f" {AGAIN}"
-    return NotFetched(f"dataset {repository} on the Hub: {type(error).__name__}, {_first_line(error)}{again}")
+        return DownloadError(f"{repository} requires your consent. Give it on {page}, then run `hf auth login`.")
+    resume = "" if isinstance(error, HfHubHTTPError) else f" {RESUME}"
+    return DownloadError(f"dataset {repository} on the Hub: {type(error).__name__}, {_get_first_line(error)}{resume}")
 
 
-def unpack(archive: Path, folder: Path) -> None:
-    """Unpack a zip into `folder`, which the zip may or may not name; the folder appears when all of it is there."""
-    aside = folder.with_name(f".{folder.name}.partial")
-    aside.mkdir(parents=True, exist_ok=True)
+def unpack_zip(archive: Path, folder: Path) -> None:
+    """Unpack a zip into `folder`. It does not matter whether the paths in the zip begin with the folder's name.
+
+    The folder appears when it is complete. Raises DownloadError for a damaged zip and deletes it.
+    """
+    # Kept after an interruption, unlike the directory of atomic.write_directory: the next run unpacks the rest.
+    partial = folder.with_name(f".{folder.name}.partial")
+    partial.mkdir(parents=True, exist_ok=True)
     try:
         with zipfile.ZipFile(archive) as file:
             members = [member for member in file.infolist() if not member.is_dir()]
-            left = [member for member in members if _size(aside / member.filename) != member.file_size]
-            need_room(folder.parent, sum(member.file_size for member in left), archive)
+            rest = [member for member in members if _get_size(partial / member.filename) != member.file_size]
+            check_disk_space(folder.parent, sum(member.file_size for member in rest), archive)
             shown = {"console": messages, "transient": True, "disable": not messages.is_terminal}
-            for member in track(left, f"Unpacking {archive.name}", **shown):
-                file.extract(member, aside)
+            for member in track(rest, f"Unpacking {archive.name}", **shown):
+                file.extract(member, partial)
     except zipfile.BadZipFile as error:
         archive.unlink()
-        raise NotFetched(f"{archive} is damaged ({error}). It was removed; run this again.") from None
-    top = aside / folder.name if [path.name for path in aside.iterdir()] == [folder.name] else aside
-    if folder.is_dir():  # other parts lie there already
+        raise DownloadError(f"{archive} is damaged ({error}). {RETRY}") from None
+    top = partial / folder.name if [path.name for path in partial.iterdir()] == [folder.name] else partial
+    if folder.is_dir():  # other items are in it already
         shutil.copytree(top, folder, copy_function=os.replace, dirs_exist_ok=True)
     else:
-        os.replace(top, folder)
-    shutil.rmtree(aside, ignore_errors=True)
+        top.replace(folder)
+    shutil.rmtree(partial, ignore_errors=True)
 
 
-def need_room(folder: Path, size: int, what: object) -> None:
-    """Raise NotFetched unless `size` bytes are free where `folder` is."""
-    place = next(path for path in (folder, *folder.parents) if path.exists())
-    free = shutil.disk_usage(place).free
+def check_disk_space(folder: Path, size: int, what: object) -> None:
+    """Raise DownloadError unless `size` bytes are free where `folder` is, or will be."""
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    free = shutil.disk_usage(existing).free
     if size > free:
-        raise NotFetched(f"{what} needs {size / 1e9:.1f} GB more, and {free / 1e9:.1f} GB are free in {place}.")
+        required, available = (f"{number / 1e9:.1f} GB" for number in (size, free))
+        raise DownloadError(f"{what} requires {required} more, but only {available} are free in {existing}.")
 
 
-def sha256_of(path: Path) -> str:
-    """In hex."""
+def hash_file(path: Path) -> str:
+    """Return the SHA-256 of a file, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _size(path: Path) -> int:
+def _get_size(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
-def _first_line(error: BaseException) -> str:
+def _get_first_line(error: BaseException) -> str:
     text = str(error).strip() or type(error).__name__
     return text.splitlines()[0]
 
 
-def _bar() -> Progress:
+def _build_bar() -> Progress:
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
     return Progress(*columns, console=messages, transient=True, disable=not messages.is_terminal)

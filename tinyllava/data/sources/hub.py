@@ -1,33 +1,40 @@
-"""Tables: `datasets.load_dataset` ids, Parquet files, local dataset folders and `save_to_disk` folders; streaming too.
+"""Tables: `datasets.load_dataset` ids, Parquet files, dataset folders and `save_to_disk` folders. All can stream.
 
     {path: org/some-set, name: a-config, split: train}    {path: data/part-*.parquet}    {path: my_saved_dataset}
 
-Columns decide the record: `conversations` (+ `image`) is LLaVA's, `messages` (+ `images`) is the Hub's. Pictures may be
-paths, bytes or the Image feature; they stay encoded until a worker wants them.
+The columns decide the format of the records: `conversations` (and `image`) is LLaVA's, `messages` (and `images`) is the
+Hub's. Images may be paths, bytes or the Image feature. They stay encoded until a worker needs them.
 """
 
 import hashlib
+import re
 from pathlib import Path
 from typing import Any
 
 import datasets
 
+import tinyllava.data.sources.llava_json as llava_json
+import tinyllava.data.sources.messages as messages
+from tinyllava.cache import digest
 from tinyllava.config import DataSpec
-from tinyllava.data.cache import digest
-from tinyllava.data.sources import HUB_ID, Source, llava_json, messages, roots_of
+from tinyllava.data.sources._json import SUFFIXES
+from tinyllava.data.sources.source import Source, list_image_folders
 from tinyllava.errors import UserError
 
-SAMPLED = 32  # records at either end that go into the fingerprint
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+HASHED = 32  # records at each end that go into the fingerprint
 
 
 def matches(path: str) -> bool:
+    """Whether `path` is a folder, a pattern, a Parquet file or the id of a dataset on the Hub."""
     file = Path(path)
     if file.is_dir() or "*" in path or file.suffix == ".parquet":
         return True
-    return bool(HUB_ID.fullmatch(path)) and not file.exists() and file.suffix not in (".json", ".jsonl", ".ndjson")
+    return bool(HUB_ID.fullmatch(path)) and not file.exists() and file.suffix not in SUFFIXES
 
 
 def read(spec: DataSpec, cache_dir: Path) -> Source:
+    """The records of the table. Its columns decide whether they are LLaVA's or the Hub's. Raises UserError."""
     try:
         records = _load(spec, cache_dir)
     except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
@@ -38,14 +45,14 @@ def read(spec: DataSpec, cache_dir: Path) -> Source:
             f"{spec.path} has the columns {', '.join(columns)}: expected `conversations` (LLaVA) or `messages`. "
             "Rename the column, or write a format of your own and name it in `format:`."
         )
-    to_sample = messages.to_sample if "messages" in columns else llava_json.to_sample
+    record_format = messages if "messages" in columns else llava_json
     local = Path(spec.path)
-    roots = roots_of(spec, [str(local if local.is_dir() else local.parent)] if local.exists() else [])
+    roots = list_image_folders(spec, [str(local if local.is_dir() else local.parent)] if local.exists() else [])
     if isinstance(records, datasets.IterableDataset):
         key = digest(spec.path, spec.name, spec.split, columns)
-        return Source(spec.path, records.decode(False), to_sample, roots, key, key)
+        return Source(spec.path, records.decode(False), record_format.to_sample, roots, key, key)
     records = records.with_format("arrow")  # undecoded
-    return Source(spec.path, records, to_sample, roots, fingerprint(records), records._fingerprint)
+    return Source(spec.path, records, record_format.to_sample, roots, hash_records(records), records._fingerprint)
 
 
 def _load(spec: DataSpec, cache_dir: Path) -> datasets.Dataset | datasets.IterableDataset:
@@ -64,9 +71,8 @@ def _load(spec: DataSpec, cache_dir: Path) -> datasets.Dataset | datasets.Iterab
         )
     if not path.exists() and not HUB_ID.fullmatch(spec.path):
         raise FileNotFoundError("no such file or folder")
-    cache = (
-        str(cache_dir / "datasets") if path.is_dir() else None
-    )  # what comes from the Hub stays in the Hub's own cache
+    # What comes from the Hub stays in the Hub's own cache.
+    cache = str(cache_dir / "datasets") if path.is_dir() else None
     return datasets.load_dataset(spec.path, spec.name, split=spec.split, streaming=spec.streaming, cache_dir=cache)
 
 
@@ -80,17 +86,17 @@ def _explain(spec: DataSpec, error: Exception) -> str:
     )
 
 
-def fingerprint(records: datasets.Dataset) -> str:
-    """A hash of the count, the columns and 32 records at either end: reading everything may take hours."""
+def hash_records(records: datasets.Dataset) -> str:
+    """A hash of the count, the columns and 32 records at each end: reading all records may take hours."""
     count = len(records)
-    ends = [*range(min(SAMPLED, count)), *range(max(SAMPLED, count - SAMPLED), count)]
-    rows = (_hashable(records[row].to_pylist()[0]) for row in ends)
+    ends = [*range(min(HASHED, count)), *range(max(HASHED, count - HASHED), count)]
+    rows = (_to_hashable(records[row].to_pylist()[0]) for row in ends)
     return digest(count, sorted(records.column_names), *rows)
 
 
-def _hashable(value: Any) -> Any:
+def _to_hashable(value: Any) -> Any:
     if isinstance(value, bytes):
         return hashlib.sha256(value).hexdigest()
     if isinstance(value, dict):
-        return {key: _hashable(item) for key, item in value.items()}
-    return [_hashable(item) for item in value] if isinstance(value, list) else value
+        return {key: _to_hashable(item) for key, item in value.items()}
+    return [_to_hashable(item) for item in value] if isinstance(value, list) else value

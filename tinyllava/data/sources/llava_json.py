@@ -1,4 +1,4 @@
-"""The LLaVA record, from a JSON array or JSON lines:
+"""LLaVA's records, from a JSON array or JSON lines:
 
     {"id": "1", "image": "a.jpg", "conversations": [{"from": "human", "value": "<image>\\nWhat?"}, {"from": ...}]}
 
@@ -10,19 +10,20 @@ from typing import Any
 
 from tinyllava.config import DataSpec
 from tinyllava.data.sample import Sample
-from tinyllava.data.sources import Source, images_of, keys_of, roots_of, unpack
-from tinyllava.data.sources._json import is_json, json_records, read_json
+from tinyllava.data.sources._json import has_key, open_json
+from tinyllava.data.sources.source import Source, unpack_images
 
 
 def matches(path: str) -> bool:
-    return is_json(path) and "conversations" in keys_of(value for _, value in json_records(Path(path)))
+    """Whether `path` is a JSON file with `conversations` in its first records."""
+    return has_key(path, "conversations")
 
 
 def read(spec: DataSpec, cache_dir: Path) -> Source:
-    records, content = read_json(spec, cache_dir)
-    return Source(spec.path, records, to_sample, roots_of(spec, [str(Path(spec.path).parent)]), content, content)
+    """The records of the file, converted to Arrow once."""
+    return open_json(spec, cache_dir, to_sample)
 
 
 def to_sample(record: dict[str, Any]) -> Sample:
-    record = unpack(record)
-    return Sample.from_llava({**record, "images": images_of(record)})
+    """The Sample of a raw record."""
+    return Sample.from_llava(unpack_images(record))

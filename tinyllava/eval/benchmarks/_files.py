@@ -1,4 +1,4 @@
-"""Where a release's files lie, and how they are read: one place for "which file was expected where"."""
+"""Read JSON files. Every error names the file."""
 
 import json
 from pathlib import Path
@@ -7,31 +7,8 @@ from typing import Any
 from tinyllava.errors import UserError
 
 
-def find(root: str | Path, folder: str, *names: str) -> Path | None:
-    """The first of `names` that exists under ROOT, ROOT/FOLDER or ROOT/eval/FOLDER (roots of several benchmarks)."""
-    places = [Path(root), Path(root) / folder, Path(root) / "eval" / folder]
-    return next((place / name for name in names for place in places if (place / name).exists()), None)
-
-
-def need(root: str | Path, folder: str, *names: str, hint: str = "") -> Path:
-    """Like `find`, but a missing file is a UserError that says what was expected where.
-
-    `names` may hold patterns of the Hub's parquet files (see `_hub`), which are only ever named here.
-    """
-    path = find(root, folder, *names)
-    if path is None:
-        places = f"{Path(root)}, {Path(root) / folder} or {Path(root) / 'eval' / folder}"
-        raise UserError(f"expected {' or '.join(names)} in {places}, and found none.{' ' + hint if hint else ''}")
-    return path
-
-
-def remedy(task: str) -> str:
-    """What to do about a benchmark's missing files."""
-    return f"`tinyllava data prepare {task}` gets it, or says where it is to be had."
-
-
-def read_json(path: Path) -> Any:
-    """The JSON document in `path`."""
+def read_json_file(path: Path) -> Any:
+    """Read the JSON document in `path`. Raises UserError if it is not JSON."""
     try:
         return json.loads(path.read_bytes())
     except ValueError as error:
@@ -39,8 +16,9 @@ def read_json(path: Path) -> Any:
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The records of a JSON-lines file; blank lines are skipped."""
+    """Read the records of a JSON-lines file; blank lines are skipped. Raises UserError for a line that is not JSON."""
     records = []
+    # In bytes, because str.splitlines would also split at U+2028, which a JSON text may contain.
     for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
         if line.strip():
             try:
@@ -50,9 +28,11 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def field_of(record: dict[str, Any], name: str, path: Path) -> Any:
-    """`record[name]`, or a UserError that names the file and what the record has instead."""
+def get_field(record: dict[str, Any], name: str, path: Path) -> Any:
+    """Return `record[name]`. The UserError for a missing field names the file and the fields of the record."""
     if not isinstance(record, dict) or name not in record:
-        has = ", ".join(record) if isinstance(record, dict) else type(record).__name__
-        raise UserError(f"{path}: a record has no '{name}' (it has {has}). Is this file of the expected release?")
+        fields = ", ".join(record) if isinstance(record, dict) else type(record).__name__
+        raise UserError(
+            f"{path}: a record has no '{name}' (it has {fields}). Check that the file is of the expected release."
+        )
     return record[name]

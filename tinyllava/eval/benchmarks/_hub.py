@@ -1,14 +1,12 @@
-"""The Hub's copies that lmms-eval reads: parquet files, whose rows hold a question and the bytes of its picture.
+"""Read the Hub's tables, which lmms-eval reads too: parquet files with a question and the bytes of its image in a row.
 
-    ROOT/pope/data/test-00000-of-00003.parquet      as `tinyllava data prepare` or `hf download --local-dir` leave them
+    ROOT/pope/data/test-00000-of-00003.parquet      where `tinyllava data prepare` or `hf download --local-dir` put it
 
-Pictures are written out once, into a folder beside the files that has the split's name (data/test/), so that all that
-follows finds pictures as files, whichever layout a benchmark came in.
+The images are unpacked once, into a folder beside the files with the name of the split (data/test/). So all other code
+reads images from files, whatever the layout of a benchmark.
 """
 
-import os
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -16,59 +14,62 @@ from typing import Any
 from filelock import FileLock
 from rich.progress import track
 
+from tinyllava.atomic import write_directory
 from tinyllava.console import messages
-from tinyllava.data.prepare import shards
+from tinyllava.data.prepare import count_shards
 from tinyllava.errors import UserError
 
-BATCH = 32  # rows read at a time when they come with their pictures, of a megabyte each at most
+BATCH = 32  # rows in memory together with their images; an image can have a megabyte
+TEXT_BATCH = 1000  # rows in memory without images
 
 Row = dict[str, Any]
 
 
-def tables(root: str | Path, folder: str, *patterns: str) -> list[Path]:
-    """The parquet files of the first of `patterns` that fits any, under ROOT, ROOT/FOLDER or ROOT/eval/FOLDER."""
-    places = [Path(root), Path(root) / folder, Path(root) / "eval" / folder]
-    found = (sorted(place.glob(pattern)) for pattern in patterns for place in places)
-    files = next((files for files in found if files), [])
-    there, expected = shards(files)
-    if there < expected:
-        raise UserError(f"{files[0].parent} holds {there} of the {expected} files that {files[0].name} belongs to.")
+def find_tables(places: Sequence[Path], patterns: Sequence[str]) -> list[Path]:
+    """Find parquet files: those of the first of `patterns` that matches, in the first of `places` where it does.
+
+    Returns [] if no pattern matches. Raises UserError if some files of a table are missing.
+    """
+    matches = (sorted(place.glob(pattern)) for pattern in patterns for place in places)
+    files = next((files for files in matches if files), [])
+    present, expected = count_shards(files)
+    if present < expected:
+        raise UserError(
+            f"{files[0].parent} holds {present} of the {expected} files that {files[0].name} belongs to."
+            " Download the missing ones."
+        )
     return files
 
 
-def rows(
-    files: list[Path], *columns: str, picture: str = "image", name: Callable[[Row], str] | None = None
+def read_rows(
+    files: Sequence[Path], columns: Sequence[str], *, image: str = "image", name: Callable[[Row], str] | None = None
 ) -> list[Row]:
-    """The rows of `files` as dicts, with a file's path (or None) where the column `picture` holds a picture.
+    """Read the rows of `files` as dicts. The column `image` then holds the path of the image, or None.
 
-    `name(row)` is what the picture is to be called. `columns` must be there, or a UserError says what is instead.
+    `name(row)` is the file name for the row's image. Without `name`, images are not read. The UserError for a missing
+    column names the columns of the table.
     """
-    found: list[Row] = []
+    rows: list[Row] = []
     for folder, group in groupby(files, key=lambda file: file.parent / file.name.partition("-")[0]):
-        parts = list(group)
+        shard_files = list(group)
         if name and not folder.is_dir():
-            _unpack(parts, folder, picture, name)
-        for row in _read(parts, (*columns, picture) if name else columns, picture):
+            _unpack_images(shard_files, folder, image, name)
+        for row in _iterate_rows(shard_files, (*columns, image) if name else columns, image):
             if name:
-                row[picture] = str(folder / name(row)) if row[picture] is not None else None
-            found.append(row)
-    return found
+                row[image] = str(folder / name(row)) if row[image] is not None else None
+            rows.append(row)
+    return rows
 
 
-def pictures(rows: list[Row], picture: str = "image") -> dict[str, str]:
-    """The paths of the pictures of `rows` by their names: for questions of the release or of LLaVA on them."""
-    return {Path(row[picture]).name: row[picture] for row in rows if row[picture]}
-
-
-def records(value: Any) -> list[Row]:
-    """A list of records, which older tables keep as a record of lists."""
+def to_records(value: Any) -> list[Row]:
+    """Convert a record of lists, as in older tables, into a list of records."""
     if isinstance(value, dict):
         return [dict(zip(value, cells, strict=True)) for cells in zip(*value.values(), strict=True)]
     return value or []
 
 
-def _read(files: list[Path], columns: tuple[str, ...], picture: str, whole: bool = False) -> Iterator[Row]:
-    """The rows of a split, each with its `number`; of pictures only their original path, unless `whole`."""
+def _iterate_rows(files: Sequence[Path], columns: Sequence[str], image: str, with_bytes: bool = False) -> Iterator[Row]:
+    """Yield the rows of a split with their `number`. Of an image, only the path is read, or also the bytes."""
     import pyarrow
     import pyarrow.parquet
 
@@ -77,47 +78,54 @@ def _read(files: list[Path], columns: tuple[str, ...], picture: str, whole: bool
         try:
             parquet = pyarrow.parquet.ParquetFile(file)
             schema = parquet.schema_arrow
-            lacking = [column for column in columns if column not in schema.names]
-            if lacking:
-                has = ", ".join(schema.names)
-                raise UserError(f"{file} has no column {', '.join(lacking)} (it has {has}). Is it of this benchmark?")
-            wanted = [f"{one.name}.path" if _is_picture(one.type) else one.name for one in schema]
-            wanted += [f"{picture}.bytes"] if whole else []
-            for batch in parquet.iter_batches(BATCH if whole else 1000, columns=wanted):
+            missing = [column for column in columns if column not in schema.names]
+            if missing:
+                present = ", ".join(schema.names)
+                raise UserError(
+                    f"{file} has no column {', '.join(missing)} (it has {present}). Is it a file of this benchmark?"
+                )
+            # Only the path of an image: its bytes are most of the file, and reading text must not load them.
+            selected = [f"{cell.name}.path" if _is_image(cell.type) else cell.name for cell in schema]
+            selected += [f"{image}.bytes"] if with_bytes else []
+            for batch in parquet.iter_batches(BATCH if with_bytes else TEXT_BATCH, columns=selected):
                 for row in batch.to_pylist():
                     yield {**row, "number": number}
                     number += 1
         except pyarrow.ArrowInvalid as error:
-            raise UserError(f"{file} cannot be read as parquet ({error}). Remove it, and get it again.") from None
+            raise UserError(f"{file} cannot be read as parquet ({error}). Delete it and download it again.") from None
 
 
-def _is_picture(kind: Any) -> bool:
+def _is_image(kind: Any) -> bool:
+    """Whether an Arrow type is that of the Hub's images."""
     import pyarrow
 
     return pyarrow.types.is_struct(kind) and {field.name for field in kind} == {"bytes", "path"}
 
 
-def _unpack(files: list[Path], folder: Path, picture: str, name: Callable[[Row], str]) -> None:
-    """Write the pictures of `files` into `folder`, which is there only when all of them are."""
-    aside = folder.with_name(f".{folder.name}.partial")
+def _unpack_images(files: Sequence[Path], folder: Path, image: str, name: Callable[[Row], str]) -> None:
+    """Write the images of `files` into `folder`. The folder appears only when it is complete."""
     try:
-        with FileLock(folder.with_name(f".{folder.name}.lock")):  # the processes of one evaluation come at once
+        with FileLock(folder.with_name(f".{folder.name}.lock")):  # the processes of one evaluation start together
             if folder.is_dir():
                 return
-            shutil.rmtree(aside, ignore_errors=True)
-            aside.mkdir()
-            shown = {"console": messages, "transient": True, "disable": not messages.is_terminal}
-            rows = (row for row in _read(files, (), picture, whole=True) if row[picture] is not None)
-            for row in track(rows, f"Pictures of {folder}", **shown):
-                path = aside / name(row)
-                if not path.is_relative_to(aside) or ".." in path.parts:
-                    raise UserError(f"{files[0]} calls a picture {name(row)}, which is no place for it.")
-                if not path.exists():  # one picture is in as many rows as it has questions
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    path.write_bytes(row[picture]["bytes"] or b"")
-            os.replace(aside, folder)
+            with write_directory(folder) as partial:
+                _write_images(files, partial, image, name, str(folder))
     except PermissionError:
         raise UserError(
-            f"the pictures in {files[0]} must be written out to {folder}, and that may not be written. "
+            f"the images in {files[0]} must be unpacked to {folder}, but you may not write there. "
             "Copy the files to a folder of yours."
         ) from None
+
+
+def _write_images(files: Sequence[Path], folder: Path, image: str, name: Callable[[Row], str], title: str) -> None:
+    """Write each image of `files` once. `title`: the name for the progress bar."""
+    shown = {"console": messages, "transient": True, "disable": not messages.is_terminal}
+    rows = (row for row in _iterate_rows(files, (), image, with_bytes=True) if row[image] is not None)
+    for row in track(rows, f"Images of {title}", **shown):
+        path = folder / name(row)
+        # The name comes from the table: a file outside the folder must not be written.
+        if not path.is_relative_to(folder) or ".." in path.parts:
+            raise UserError(f"{files[0]} names an image {name(row)}, which is outside its folder.")
+        if not path.exists():  # an image is in as many rows as it has questions
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(row[image]["bytes"] or b"")

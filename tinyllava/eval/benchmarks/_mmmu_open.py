@@ -1,4 +1,4 @@
-"""MMMU's rules for open answers: what an answer may mean, and whether the gold is among it.
+"""MMMU's rules for open answers: all meanings that an answer may have, and whether one of them is right.
 
 Source: `parse_open_response`, `normalize_str`, `eval_open` of MMMU-Benchmark/MMMU `mmmu/utils/eval_utils.py`, bb0b95a.
 """
@@ -6,7 +6,7 @@ Source: `parse_open_response`, `normalize_str`, `eval_open` of MMMU-Benchmark/MM
 import re
 from collections.abc import Sequence
 
-# What stands before the answer in a sentence. The official list has an equals sign too, for the last line only.
+# Words before the answer in a sentence. The official list also has an equals sign, for the last line only.
 INDICATORS = ("could be ", "so ", "is ", "thus ", "therefore ", "final ", "answer ", "result ")
 
 NUMBERS = (
@@ -17,23 +17,24 @@ NUMBERS = (
 
 
 def parse_open(response: str) -> set[str | float]:
-    """Everything the answer may mean: its key parts and the numbers in them, normalised.
+    """All meanings of an open answer: its key phrases and the numbers in them, normalised.
 
-    A key part is, of each line, what follows an indicator word; without any, the whole response.
+    The key phrase of a line is the text after an indicator word. Without any key phrase, it is the whole response.
     """
     response = response.strip().strip(".").lower()
-    # The official split also at ". " before a capital can never happen: all is lower case by now.
+    # The official code also splits at ". " before a capital letter. This never happens, because all is lower case here.
     lines = response.split("\n")
-    tails = [_tail(line, last=number == len(lines) - 1) for number, line in enumerate(lines)]
-    parts = [tail for tail in tails if tail and tail not in (":", ",", ".", "!", "?", ";", "'")] or [response]
-    numbers = [number for part in parts for pattern in NUMBERS for number in re.findall(pattern, part)]
-    return {meaning for text in [*parts, *numbers] for meaning in normalize_open(text)}
+    tails = [_cut_tail(line, last=number == len(lines) - 1) for number, line in enumerate(lines)]
+    phrases = [tail for tail in tails if tail and tail not in (":", ",", ".", "!", "?", ";", "'")] or [response]
+    numbers = [number for phrase in phrases for pattern in NUMBERS for number in re.findall(pattern, phrase)]
+    return {meaning for text in [*phrases, *numbers] for meaning in normalize_open(text)}
 
 
-def _tail(line: str, last: bool) -> str:
-    """The shortest text after the last occurrence of an indicator; of equals the first.
+def _cut_tail(line: str, last: bool) -> str:
+    """The shortest text after the last occurrence of an indicator. If several are equally short, the first of them.
 
-    Quirk: an indicator at the very end leaves nothing, and then the search starts anew with the next indicator.
+    Quirk of the official code: after an indicator at the very end of the line, the search starts again with the next
+    indicator.
     """
     shortest = ""
     for word in (*INDICATORS, "=") if last else INDICATORS:
@@ -45,8 +46,10 @@ def _tail(line: str, last: bool) -> str:
 
 
 def normalize_open(text: str) -> list[str | float]:
-    """A number rounded to two decimals, else the text in lower case; a single character with a space before or after,
-    so that it does not match inside words."""
+    """Normalise a text: a number is rounded to two decimals, and any other text is in lower case.
+
+    A single character gets a space before it or after it, so that it does not match inside words.
+    """
     text = text.strip()
     try:
         return [round(float(text.replace(",", "")), 2)]
@@ -56,7 +59,10 @@ def normalize_open(text: str) -> list[str | float]:
 
 
 def score_open(prediction: set[str | float], answer: str | Sequence[str]) -> bool:
-    """Whether a gold text is contained in a predicted text, or a gold number is a predicted one. Gold may be a list."""
-    golds = [gold for one in ([answer] if isinstance(answer, str) else answer) for gold in normalize_open(one)]
+    """Whether a predicted text contains a right text, or a predicted number is a right one. `answer` may be a list."""
+    golds = [gold for right in ([answer] if isinstance(answer, str) else answer) for gold in normalize_open(right)]
     texts = [gold for gold in golds if isinstance(gold, str)]
-    return any(any(gold in said for gold in texts) if isinstance(said, str) else said in golds for said in prediction)
+    return any(
+        any(gold in meaning for gold in texts) if isinstance(meaning, str) else meaning in golds
+        for meaning in prediction
+    )

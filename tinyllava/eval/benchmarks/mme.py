@@ -1,12 +1,12 @@
-"""MME: 2,374 yes/no questions, two a picture, in ten perception and four cognition tasks.
+"""MME: 2,374 yes/no questions, two per image, in ten perception and four cognition tasks.
 
     tinyllava eval CHECKPOINT --tasks mme --data ROOT
 
-The published number is the perception sum (at most 2000). Pictures are given on request: see
+The published number is the perception sum (at most 2000). The authors send the images on request: see
 github.com/BradyFU/Awesome-Multimodal-Large-Language-Models, branch Evaluation.
 
 Rules: `eval_tool/calculation.py` there (dd29509) and LLaVA's `convert_answer_to_mme.py`.
-Deviation: tabs and line breaks in an answer, on which the official tool breaks, become spaces.
+Deviation: tabs and line breaks in an answer become spaces. The official tool fails on them.
 """
 
 import re
@@ -16,14 +16,20 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from tinyllava.errors import UserError
-from tinyllava.eval.benchmarks import SHORT_ANSWER, Question, item, result
-from tinyllava.eval.benchmarks import _hub as hub
-from tinyllava.eval.benchmarks._files import find, need, read_jsonl, remedy
-
-TITLE = "MME"
-FOLDER = "MME"
-SCORER = "MME eval_tool dd29509"
-MAX_NEW_TOKENS = 128
+from tinyllava.eval import benchmarks
+from tinyllava.eval.benchmarks import (
+    SHORT_ANSWER,
+    Answer,
+    Pair,
+    Question,
+    Root,
+    ScoredItem,
+    Sums,
+    build_result,
+    drop_missing,
+)
+from tinyllava.eval.benchmarks._files import read_jsonl
+from tinyllava.eval.benchmarks._layouts import DataFiles
 
 PERCEPTION = ("existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR")
 COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
@@ -31,90 +37,70 @@ LLAVA_FILE = "llava_mme.jsonl"
 RELEASE = "MME_Benchmark_release_version"
 HUB = "data/test-*.parquet"
 YES_OR_NO = "Please answer yes or no."
+FILES = DataFiles("mme", folder="MME")
 
 
-def questions(root: str | Path) -> list[Question]:
-    """The questions of LLaVA's `llava_mme.jsonl`, else of the release's own folders or the Hub's copy of them; the
-    answers and pictures are always of the latter."""
-    release = find(root, FOLDER, RELEASE)
-    found = _release_questions(release) if release else _hub_questions(root)
-    official = {question.id: question for question in found}
-    if not official:
-        need(root, FOLDER, RELEASE, HUB, hint=remedy("mme"))
-    llava = find(root, FOLDER, LLAVA_FILE)
-    if not llava:
-        return list(official.values())
-    found = []
-    for q in read_jsonl(llava):
-        name = key({"question_id": q["question_id"], "prompt": q["text"]})
-        if name not in official:
-            raise UserError(f"{llava} asks {name!r}, and {release or HUB} has no such question.")
-        found.append(replace(official[name], question_id=q["question_id"], text=q["text"]))
-    return found
-
-
-def _release_questions(release: Path) -> Iterable[Question]:
-    """Each category keeps X.jpg beside X.txt, or the ones in images/ and the others in questions_answers_YN/."""
+def _read_release(release: Path) -> Iterable[Question]:
+    """Read the release. A category has X.jpg beside X.txt, or X.jpg in images/ and X.txt in questions_answers_YN/."""
     for folder in sorted(path for path in release.iterdir() if path.is_dir()):
         nested = (folder / "images").is_dir()
         images = folder / "images" if nested else folder
-        pictures = {path.stem: path for path in sorted(images.iterdir()) if path.suffix not in (".txt", "")}
+        paths = {path.stem: path for path in sorted(images.iterdir()) if path.suffix not in (".txt", "")}
         for file in sorted((folder / "questions_answers_YN" if nested else folder).glob("*.txt")):
-            picture = pictures.get(file.stem, images / f"{file.stem}.jpg")
-            qid = picture.relative_to(release).as_posix()
+            image = paths.get(file.stem, images / f"{file.stem}.jpg")
+            qid = image.relative_to(release).as_posix()
             for line in file.read_text(encoding="utf-8").split("\n"):
                 if not line.strip():
                     continue
                 question, tab, answer = line.strip().partition("\t")
                 if not tab:
                     raise UserError(f"{file}: expected `question<tab>Yes|No`, found {line!r}.")
-                yield _question(qid, question, str(picture), answer, folder.name)
+                yield _build_question(qid, question, str(image), answer, folder.name)
 
 
-def _hub_questions(root: str | Path) -> Iterable[Question]:
+def _read_hub(root: Root) -> Iterable[Question]:
     columns = ("question_id", "question", "answer", "category")
-    for row in hub.rows(hub.tables(root, FOLDER, HUB), *columns, name=lambda row: row["question_id"]):
-        yield _question(row["question_id"], row["question"], row["image"], row["answer"], row["category"])
+    for row in FILES.read_rows(root, [HUB], columns, name=lambda row: row["question_id"]):
+        yield _build_question(row["question_id"], row["question"], row["image"], row["answer"], row["category"])
 
 
-def _question(qid: str, question: str, picture: str, answer: str, category: str) -> Question:
+def _build_question(qid: str, question: str, image: str, answer: str, category: str) -> Question:
     text = f"{question.replace(YES_OR_NO, '').strip()}\n{SHORT_ANSWER}"
     extra = {"question": question, "file": f"{PurePosixPath(qid).stem}.txt"}
-    return Question(key({"question_id": qid, "prompt": text}), qid, text, (picture,), answer, category, extra=extra)
+    return Question(build_key({"question_id": qid, "prompt": text}), qid, text, (image,), answer, category, extra=extra)
 
 
-def key(record: dict[str, Any]) -> str:
-    """Two questions share a picture, whose path is the question_id: the prompt less its last sentence tells which."""
+def build_key(record: Answer) -> str:
+    """The key of a question or an answer: the image's path and the prompt without its last sentence.
+
+    The question_id alone is not enough: it is the path of the image, which two questions share.
+    """
     category, _, path = str(record["question_id"]).partition("/")
     prompt = (record.get("prompt") or "").replace(SHORT_ANSWER, "").replace(YES_OR_NO, "").strip()
     return f"{category}/{PurePosixPath(path).name.split('.')[0]}: {prompt}"
 
 
-def choose_from(question: Question) -> tuple[str, ...]:
-    """The two answers."""
-    return ("Yes", "No")
-
-
 def parse(text: str) -> str:
-    """yes, no or other, by the first four characters in lower case: "Not sure", "none", "snow" are no, "eyes" yes."""
+    """yes, no or other, by the first four characters in lower case: "Not sure" and "snow" are no, "eyes" is yes."""
     start = re.sub(r"[\t\r\n]", " ", text).lower()[:4]
     return "yes" if "yes" in start else "no" if "no" in start else "other"
 
 
-def task_score(pairs: Sequence[tuple[str, str]]) -> dict[str, Any]:
-    """One task's scores from (gold, answer) in file order, every two of one picture.
+def score_task(pairs: Sequence[tuple[str, str]]) -> dict[str, Any]:
+    """Score one task from its (gold, answer) pairs in file order, in which every two belong to one image.
 
-    acc counts questions ("other" is wrong), acc_plus pictures with both right; score = 100 acc + 100 acc_plus.
-    The confusion counts, precision and recall leave "other" out, as does the official tool.
+    acc is the share of right answers ("other" is wrong), and acc_plus the share of images with two right answers.
+    score = 100 acc + 100 acc_plus. As in the official tool, TP, FN, TN, FP, precision and recall ignore "other".
     """
     golds = [gold.lower() for gold, _ in pairs]
-    said = [parse(answer) for _, answer in pairs]
+    parsed = [parse(answer) for _, answer in pairs]
     if not pairs or len(pairs) % 2 or set(golds) - {"yes", "no"}:
         raise UserError(
             f"MME: expected pairs of yes/no questions, found {len(pairs)} with the answers {sorted(set(golds))}."
         )
-    both = list(zip(golds, said, strict=True))
-    tp, fn, tn, fp = (both.count(k) for k in (("yes", "yes"), ("yes", "no"), ("no", "no"), ("no", "yes")))
+    both = list(zip(golds, parsed, strict=True))
+    tp, fn = both.count(("yes", "yes")), both.count(("yes", "no"))
+    tn, fp = both.count(("no", "no")), both.count(("no", "yes"))
     right = [gold == answer for gold, answer in both]
     acc = sum(right) / len(right)
     acc_plus = sum(map(all, zip(right[::2], right[1::2], strict=True))) / (len(right) // 2)
@@ -125,23 +111,20 @@ def task_score(pairs: Sequence[tuple[str, str]]) -> dict[str, Any]:
         "FP": fp,
         "precision": tp / (tp + fp) if tp + fp else 0.0,
         "recall": tp / (tp + fn) if tp + fn else 0.0,
-        "other_num": said.count("other"),
+        "other_num": parsed.count("other"),
         "acc": acc,
         "acc_plus": acc_plus,
         "score": 100 * acc + 100 * acc_plus,
     }
 
 
-def aggregate(items: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """perception, cognition and every task's scores; a picture counts when both of its questions are answered."""
-    pictures: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for one in items:
-        pictures.setdefault((one["category"], one["image"]), []).append(one)
+def aggregate(items: Iterable[ScoredItem]) -> dict[str, Any]:
+    """Compute perception, cognition and each task's scores. An image counts if both of its questions are answered."""
     tasks: dict[str, list[tuple[str, str]]] = {}
-    for (category, _), two in pictures.items():
-        if len(two) % 2 == 0:
-            tasks.setdefault(category, []).extend((one["gold"], one["answer"]) for one in two)
-    scores = {name: task_score(tasks[name]) for name in [*PERCEPTION, *COGNITION] if name in tasks}
+    for (category, _), group in _group_by_image(items).items():
+        if len(group) % 2 == 0:
+            tasks.setdefault(category, []).extend((item["gold"], item["answer"]) for item in group)
+    scores = {name: score_task(tasks[name]) for name in [*PERCEPTION, *COGNITION] if name in tasks}
 
     def total(names: Iterable[str]) -> float:
         return sum(scores[name]["score"] for name in names if name in scores)
@@ -149,59 +132,104 @@ def aggregate(items: Iterable[dict[str, Any]]) -> dict[str, Any]:
     return {"perception": total(PERCEPTION), "cognition": total(COGNITION), "tasks": scores}
 
 
-def tally(item: dict[str, Any]) -> dict[str, float]:
-    """Of each perception task the questions, the right ones, and those on pictures with both right."""
-    if item["category"] not in PERCEPTION or item["both"] is None:
-        return {}
-    task = item["category"]
-    return {f"{task} n": 1, f"{task} right": item["score"], f"{task} both": item["both"]}
+def _group_by_image(items: Iterable[ScoredItem]) -> dict[tuple[str, str], list[ScoredItem]]:
+    groups: dict[tuple[str, str], list[ScoredItem]] = {}
+    for item in items:
+        groups.setdefault((item["category"], item["image"]), []).append(item)
+    return groups
 
 
-def headline(sums: dict[str, float]) -> float:
-    """The perception sum."""
-    shares = [
-        (sums.get(f"{task} {what}", 0), sums[f"{task} n"])
-        for task in PERCEPTION
-        for what in ("right", "both")
-        if sums.get(f"{task} n")
-    ]
-    return sum(100 * part / whole for part, whole in shares)
+def mark_pairs(items: Iterable[ScoredItem]) -> None:
+    """Set `both` in each item: whether both questions on its image are right; None if one has no answer."""
+    for group in _group_by_image(items).values():
+        for item in group:
+            item["both"] = float(all(member["score"] for member in group)) if len(group) % 2 == 0 else None
 
 
-def mark_pairs(items: Iterable[dict[str, Any]]) -> None:
-    """Write into each item's `both` whether both questions on its picture are right (None: one has no answer)."""
-    pictures: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for one in items:
-        pictures.setdefault((one["category"], one["image"]), []).append(one)
-    for two in pictures.values():
-        for one in two:
-            one["both"] = float(all(other["score"] for other in two)) if len(two) % 2 == 0 else None
-
-
-def eval_tool_files(items: Iterable[dict[str, Any]]) -> dict[str, str]:
-    """The text of the official tool's input files, `CATEGORY.txt`: picture, question, gold and answer in a line."""
+def format_eval_tool_files(items: Iterable[ScoredItem]) -> dict[str, str]:
+    """Format the official tool's input files, `CATEGORY.txt`, with image, question, gold and answer in each line."""
     files: dict[str, str] = {}
-    for one in items:
-        answer = re.sub(r"[\t\r\n]", " ", one["answer"])
-        line = "\t".join((one["file"], one["question"], one["gold"], answer))
-        files[f"{one['category']}.txt"] = files.get(f"{one['category']}.txt", "") + line + "\n"
+    for item in items:
+        answer = re.sub(r"[\t\r\n]", " ", item["answer"])
+        line = "\t".join((item["file"], item["question"], item["gold"], answer))
+        files[f"{item['category']}.txt"] = files.get(f"{item['category']}.txt", "") + line + "\n"
     return files
 
 
-def evaluate(root: str | Path, pairs: list[tuple[Question, dict[str, Any] | None]]) -> dict[str, Any]:
-    """Perception (the score) and cognition sums; the official tool's input files come along."""
-    items = []
-    for question, record in pairs:
-        if record is not None:
-            said = parse(record["text"])
-            more = {"question": question.extra["question"], "file": question.extra["file"]}
-            items.append(item(question, record["text"], said, float(said == question.answer.lower()), **more))
-    mark_pairs(items)
-    metrics = aggregate(items)
-    present = sum(task in metrics["tasks"] for task in PERCEPTION)
-    metric = (
-        "MME perception" if present == len(PERCEPTION) else f"MME perception ({present} of {len(PERCEPTION)} tasks)"
-    )
-    files = {f"mme_eval_tool/{name}": text for name, text in eval_tool_files(items).items()}
-    unparsed = sum(one["parsed"] == "other" for one in items)
-    return result(metrics["perception"], metric, metrics, items, unparsed, files)
+class Benchmark(benchmarks.Benchmark):
+    """MME by the official tool's rules; the score is the perception sum."""
+
+    title = "MME"
+    scorer = "MME eval_tool dd29509"
+    folder = FILES.folder
+    has_options = True
+    is_mean = False
+
+    def questions(self, root: Root) -> list[Question]:
+        """The questions of LLaVA's `llava_mme.jsonl`; without it, of the release's folders or the Hub's tables.
+
+        The right answers and the images are always those of the release or of the Hub's tables.
+        """
+        release = FILES.find(root, RELEASE)
+        official = {question.id: question for question in (_read_release(release) if release else _read_hub(root))}
+        if not official:
+            FILES.require(root, RELEASE, HUB)
+        llava = FILES.find(root, LLAVA_FILE)
+        if not llava:
+            return list(official.values())
+        questions = []
+        for q in read_jsonl(llava):
+            name = build_key({"question_id": q["question_id"], "prompt": q["text"]})
+            if name not in official:
+                raise UserError(f"{llava} asks {name!r}, but {release or HUB} has no such question.")
+            questions.append(replace(official[name], question_id=q["question_id"], text=q["text"]))
+        return questions
+
+    def choose_from(self, question: Question) -> tuple[str, ...]:
+        """Yes and No."""
+        return ("Yes", "No")
+
+    def key(self, record: Answer) -> str:
+        """The module's `build_key`."""
+        return build_key(record)
+
+    def parse(self, text: str, question: Question) -> str:
+        """The module's `parse`."""
+        return parse(text)
+
+    def score(self, text: str, question: Question) -> float:
+        """1 if the answer is right."""
+        return float(parse(text) == question.answer.lower())
+
+    def evaluate(self, root: Root, pairs: list[Pair]) -> dict[str, Any]:
+        """The perception sum (the score), the cognition sum, and the official tool's input files."""
+        items = self.score_answered(pairs)
+        extras = [question.extra for question, _ in drop_missing(pairs)]
+        for item, extra in zip(items, extras, strict=True):
+            item |= {"question": extra["question"], "file": extra["file"]}
+        mark_pairs(items)
+        metrics = aggregate(items)
+        scored = sum(task in metrics["tasks"] for task in PERCEPTION)
+        metric = "MME perception"
+        if scored < len(PERCEPTION):
+            metric += f" ({scored} of {len(PERCEPTION)} tasks)"
+        files = {f"mme_eval_tool/{name}": text for name, text in format_eval_tool_files(items).items()}
+        unparsed = sum(item["parsed"] == "other" for item in items)
+        return build_result(metrics["perception"], metric, metrics, items, unparsed, files)
+
+    def tally(self, item: ScoredItem) -> Sums:
+        """Count, for each perception task, the questions, the right answers, and those on images with both right."""
+        if item["category"] not in PERCEPTION or item["both"] is None:
+            return {}
+        task = item["category"]
+        return {f"{task} n": 1, f"{task} right": item["score"], f"{task} both": item["both"]}
+
+    def headline(self, sums: Sums) -> float:
+        """The perception sum."""
+        shares = [
+            (sums.get(f"{task} {what}", 0), sums[f"{task} n"])
+            for task in PERCEPTION
+            for what in ("right", "both")
+            if sums.get(f"{task} n")
+        ]
+        return sum(100 * right / count for right, count in shares)

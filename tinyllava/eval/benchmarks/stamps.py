@@ -1,63 +1,68 @@
-"""Stamps: the held-out test of the embedded dataset, which says per category what a small model has learned to see.
+"""Stamps: the held-out test of the embedded dataset. It shows for each category what a small model has learned to see.
 
-    tinyllava eval runs/quickstart --tasks stamps                    # the tier it was trained on
+    tinyllava eval runs/quickstart --tasks stamps                    # the tier that the model was trained on
     tinyllava eval CHECKPOINT --tasks stamps --data stamps:small     # or a folder with test.jsonl
 
-Answers are a word or two and must be the right ones, but for case, a period at the end and an article before: the exact
-and choice metrics of `custom.py`, which scores tests of your own in the same form.
+Answers have one or two words. An answer is right if it equals the right answer, ignoring case, a final period and a
+leading article. These are the metrics exact and choice of `custom.py`, which scores a user's own questions.
 """
 
 import re
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 from tinyllava.errors import UserError
-from tinyllava.eval.benchmarks import Question, custom
-from tinyllava.eval.benchmarks._files import find, need
+from tinyllava.eval.benchmarks import Pair, Question, Root, custom
+from tinyllava.eval.benchmarks._layouts import DataFiles
 
-TITLE = "Stamps"
-FOLDER = "stamps"
-SCORER = "tinyllava stamps 1"
-MAX_NEW_TOKENS = 32
-BLIND = True  # a score here means little without what the model guesses from the question alone
-
+FILES = DataFiles("stamps", folder="stamps")
 FILE = "test.jsonl"
 TIERS = ("tiny", "small", "full")
+HINT = f"Give --data stamps:{TIERS[0]} (or {', '.join(TIERS[1:])})."
 
 
-def locate(root: str | Path | None, trained_on: Iterable[str] = ()) -> Path:
-    """The folder of test.jsonl: `root`'s, else the tier named in `root` or in the data that the model was trained on.
+class Benchmark(custom.Benchmark):
+    """The test of a tier."""
 
-    A tier is composed on first use, the same on every machine. Raises UserError when nothing names one, or when `root`
-    names one without a test.
-    """
-    named = [re.match(rf"stamps:({'|'.join(TIERS)})\b", str(name)) for name in [root or "", *trained_on]]
-    if str(root).startswith("stamps:") and not named[0]:
-        raise UserError(f"{root} has no test. Give --data stamps:{TIERS[0]} (or {', '.join(TIERS[1:])}).")
-    if root and not named[0] and find(root, FOLDER, FILE):
-        return need(root, FOLDER, FILE).parent
-    tier = next((match[1] for match in named if match), None)
-    if tier is None:
-        raise UserError(
-            f"stamps: which test? There is no {FILE} in {root or 'a data folder'}, and the model was not trained on"
-            f" stamps. Give --data stamps:{TIERS[0]} (or {', '.join(TIERS[1:])})."
-        )
-    from tinyllava.data.cache import cache_root
-    from tinyllava.data.sources.stamps import prepared
+    title = "Stamps"
+    scorer = "tinyllava stamps 1"
+    folder = FILES.folder
+    max_new_tokens = 32
+    asks_blind = True  # a score means little here if we do not know what the model guesses without the image
+    fills_categories = True  # recipes and docs read the categories of this test at the top of results.json
+    has_options = False
 
-    return prepared(tier, cache_root())
+    def locate(self, root: Root | None, trained_on: Iterable[str] = ()) -> Root:
+        """Find the folder of test.jsonl: in `root`, or of the tier that `root` or the training data names.
 
+        A tier is composed on first use, the same on every machine. Raises UserError if nothing names a tier, or if the
+        tier in `root` has no test.
+        """
+        named = [re.match(rf"stamps:({'|'.join(TIERS)})\b", str(name)) for name in [root or "", *trained_on]]
+        if str(root).startswith("stamps:") and not named[0]:
+            raise UserError(f"{root} contains no stamps test. {HINT}")
+        if root and not named[0] and FILES.find(root, FILE):
+            return FILES.require(root, FILE).parent
+        tier = next((match[1] for match in named if match), None)
+        if tier is None:
+            raise UserError(
+                f"stamps: no test found. There is no {FILE} in {root or 'a data folder'}, and the model was not trained"
+                f" on stamps. {HINT}"
+            )
+        # Imported here, because all other methods are pure Python and need no image library.
+        from tinyllava.cache import find_cache_root
+        from tinyllava.data.sources.stamps import compose_tier
 
-def questions(root: str | Path) -> list[Question]:
-    """The questions of `test.jsonl`; pictures lie beside it."""
-    path = need(root, FOLDER, FILE, hint="A tier's is made by `--data stamps:tiny`.")
-    found = custom.read(path)
-    for question in found:
-        question.extra["metric"] = "choice" if question.options else "exact"
-    return found
+        return compose_tier(tier, find_cache_root())
 
+    def questions(self, root: Root) -> list[Question]:
+        """The questions of `test.jsonl`. Image paths are relative to it."""
+        path = FILES.require(root, FILE, hint="`--data stamps:tiny` composes the test of a tier.")
+        questions = custom.read_questions(path)
+        for question in questions:
+            question.extra["metric"] = "choice" if question.options else "exact"
+        return questions
 
-def evaluate(root: str | Path, pairs: list[tuple[Question, dict[str, Any] | None]]) -> dict[str, Any]:
-    """Percent right of all questions, and the accuracy of each category. A missing answer is left out."""
-    return custom.evaluate(root, pairs) | {"metric": "accuracy over all questions"}
+    def evaluate(self, root: Root, pairs: list[Pair]) -> dict[str, Any]:
+        """The accuracy over all questions in percent, and that of each category. Missing answers are left out."""
+        return super().evaluate(root, pairs) | {"metric": "accuracy over all questions"}

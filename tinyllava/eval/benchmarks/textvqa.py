@@ -1,120 +1,85 @@
-"""TextVQA 0.5.1 val: 5,000 questions about text in OpenImages pictures, by default with OCR tokens in the prompt.
+"""TextVQA 0.5.1 val: 5,000 questions about text in OpenImages images, by default with OCR tokens in the prompt.
 
     tinyllava eval CHECKPOINT --tasks textvqa,textvqa-no-ocr --data ROOT
 
-LLaVA's and TinyLLaVA's published numbers have Rosetta's OCR tokens in the prompt (worth ten points and more), so the
-metric is named "TextVQA (OCR)" and the one without "TextVQA (no OCR)"; they do not compare.
+The published numbers of LLaVA and TinyLLaVA have Rosetta's OCR tokens in the prompt, which are worth ten points or
+more. So this metric is called "TextVQA (OCR)", and the one without OCR tokens "TextVQA (no OCR)". The two cannot be
+compared.
 
 Rules: `eval_textvqa.py` and `m4c_evaluator.py` of TinyLLaVA 53f12c7 (the same as in LLaVA c121f04).
 """
 
 import re
-from pathlib import Path
-from typing import Any
+from collections import Counter
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, NamedTuple
 
 from tinyllava.errors import UserError
-from tinyllava.eval.benchmarks import SHORT_ANSWER, Question, item, mean, result, variants
-from tinyllava.eval.benchmarks import _hub as hub
-from tinyllava.eval.benchmarks._files import field_of, find, need, read_json, read_jsonl, remedy
-from tinyllava.eval.benchmarks._vqa import leave_one_out, normalize_m4c
-
-TITLE = "TextVQA"
-FOLDER = "textvqa"
-SCORER = "m4c_evaluator, TinyLLaVA 53f12c7"
-MAX_NEW_TOKENS = 128
-COUNT_DUPLICATES = True  # the official mean is over the lines of the answers file
+from tinyllava.eval import benchmarks
+from tinyllava.eval.benchmarks import (
+    SHORT_ANSWER,
+    Answer,
+    Pair,
+    Question,
+    Root,
+    average,
+    build_item,
+    build_result,
+    drop_missing,
+)
+from tinyllava.eval.benchmarks._files import get_field, read_json_file, read_jsonl
+from tinyllava.eval.benchmarks._layouts import DataFiles
+from tinyllava.eval.benchmarks._vqa import normalize_m4c, score_leave_one_out
 
 OCR = "Reference OCR token: "
 LLAVA_FILE = "llava_textvqa_val_v051_ocr.jsonl"
 FILE = "TextVQA_0.5.1_{}.json"
 OCR_FILE = "TextVQA_Rosetta_OCR_v0.2_{}.json"
-
-from_short_name = variants({"val": {"split": "val"}, "test": {"split": "test"}, "no-ocr": {"ocr": False}})
-
-
-def questions(root: str | Path, ocr: bool = True, split: str = "val") -> list[Question]:
-    """The questions of `split` (val, test), of LLaVA's JSONL, or of `TextVQA_0.5.1_{split}.json` and the OCR file, or
-    of the Hub's copy, which has the OCR tokens too."""
-    folder = find(root, FOLDER, "test_images" if split == "test" else "train_images")
-    copies = _hub_rows(root, split, with_pictures=folder is None)
-    release, pictures = _release(root, split, copies), {} if folder else hub.pictures(copies)
-    llava = find(root, FOLDER, LLAVA_FILE) if split == "val" else None
-    if llava:
-        asked = [(q["question_id"], q["text"], q["image"]) for q in read_jsonl(llava)]
-    else:
-        if not release:
-            need(root, FOLDER, FILE.format(split), _hub_files(split), hint=remedy("textvqa"))
-        tokens = _ocr_tokens(root, split, copies) if ocr else {}
-        asked = [
-            (a["image_id"], _prompt(a["question"], tokens.get(a["image_id"], [])), f"{a['image_id']}.jpg")
-            for a in release
-        ]
-    folder = folder or Path(root) / FOLDER / ("test_images" if split == "test" else "train_images")
-    annotations = {(a["image_id"], a["question"].lower()): a for a in release}
-    found, seen = [], {}
-    for image_id, prompt, image in asked:
-        question = _question(prompt)
-        if annotations and (image_id, question) not in annotations:
-            raise UserError(
-                f"{LLAVA_FILE} asks '{question}' of image {image_id}, which TextVQA_0.5.1_{split}.json lacks."
-            )
-        gold = annotations.get((image_id, question), {})
-        name = f"{image_id}: {question}"
-        seen[name] = seen.get(name, 0) + 1  # some pictures are asked the same question twice
-        found.append(
-            Question(
-                name if seen[name] == 1 else f"{name} #{seen[name]}",
-                image_id,
-                prompt if ocr else _prompt(prompt.split("\n")[0], []),
-                (pictures.get(image, str(folder / image)),),
-                gold.get("answers") or None,
-                extra={"question_id": gold.get("question_id")},
-            )
-        )
-    return found
+FILES = DataFiles("textvqa", folder="textvqa")
 
 
-def references(root: str | Path, split: str = "val") -> list[Question]:
-    """What scoring needs: the questions with their answers, whether or not the OCR file is there."""
-    if not find(root, FOLDER, FILE.format(split)) and not hub.tables(root, FOLDER, _hub_files(split)):
-        need(root, FOLDER, FILE.format(split), _hub_files(split), hint=remedy("textvqa"))
-    return questions(root, ocr=False, split=split)
+class PromptRecord(NamedTuple):
+    """The prompt of one question, from LLaVA's file or built from the release."""
+
+    image_id: str
+    prompt: str
+    image: str  # file name
 
 
-def _hub_files(split: str) -> str:
+def _name_tables(split: str) -> str:
     return f"data/{'validation' if split == 'val' else split}-*.parquet"
 
 
-def _hub_rows(root: str | Path, split: str, with_pictures: bool) -> list[dict[str, Any]]:
+def _read_hub(root: Root, split: str, with_images: bool) -> list[dict[str, Any]]:
     columns = ("image_id", "question_id", "question", "answers", "ocr_tokens")
-    name = (lambda row: f"{row['image_id']}.jpg") if with_pictures else None
-    return hub.rows(hub.tables(root, FOLDER, _hub_files(split)), *columns, name=name)
+    name = (lambda row: f"{row['image_id']}.jpg") if with_images else None
+    return FILES.read_rows(root, [_name_tables(split)], columns, name=name)
 
 
-def _release(root: str | Path, split: str, copies: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The official records; none where neither their file nor the Hub's copy is."""
-    path = find(root, FOLDER, FILE.format(split))
-    return field_of(read_json(path), "data", path) if path else copies
+def _read_release(root: Root, split: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Read the official records; without their file, return the Hub's `rows`."""
+    path = FILES.find(root, FILE.format(split))
+    return get_field(read_json_file(path), "data", path) if path else rows
 
 
-def _ocr_tokens(root: str | Path, split: str, copies: list[dict[str, Any]]) -> dict[str, list[str]]:
+def _read_ocr_tokens(root: Root, split: str, rows: list[dict[str, Any]]) -> dict[str, list[str]]:
+    """Read the OCR tokens by image id, from Rosetta's file or the Hub's `rows`."""
     name = OCR_FILE.format(split)
-    if copies and not find(root, FOLDER, name):
-        return {row["image_id"]: row["ocr_tokens"] for row in copies}
-    path = need(
-        root, FOLDER, name, hint=f"The prompts hold OCR tokens: add {LLAVA_FILE} or {name}, or ask textvqa-no-ocr."
-    )
-    return {r["image_id"]: r["ocr_tokens"] for r in field_of(read_json(path), "data", path)}
+    if rows and not FILES.find(root, name):
+        return {row["image_id"]: row["ocr_tokens"] for row in rows}
+    hint = f"The prompts contain OCR tokens: add {LLAVA_FILE} or {name}, or use the task textvqa-no-ocr."
+    path = FILES.require(root, name, hint=hint)
+    return {r["image_id"]: r["ocr_tokens"] for r in get_field(read_json_file(path), "data", path)}
 
 
-def _prompt(question: str, tokens: list[str]) -> str:
-    # A line break in a token would break the official join of answers to questions.
+def _build_prompt(question: str, tokens: list[str]) -> str:
+    # No line break in a token: the official code matches answers to questions by the lines of the prompt.
     line = OCR + ", ".join(" ".join(token.split()) for token in tokens) + "\n" if tokens else ""
     return f"{question}\n{line}{SHORT_ANSWER}"
 
 
-def question_from_prompt(prompt: str) -> str:
-    """The question in lower case, as the official join finds it in a prompt. UserError where that code gives up."""
+def extract_question(prompt: str) -> str:
+    """Extract the question of a prompt, in lower case, as the official code does. Raises UserError where that fails."""
     lines = prompt.split("\n")
     if prompt.startswith("OCR tokens: "):
         legacy = re.search(r"Question: (.*?) Short answer:", prompt, re.DOTALL)
@@ -127,38 +92,120 @@ def question_from_prompt(prompt: str) -> str:
     raise UserError(f"no question can be found in the TextVQA prompt {prompt[:80]!r}.")
 
 
-def _question(prompt: str) -> str:
-    """`question_from_prompt`, but also where an OCR token holds a line break, on which the official code gives up."""
-    before, ocr, _ = prompt.partition(f"\n{OCR}")
-    return before.lower() if ocr else question_from_prompt(prompt)
-
-
-def key(record: dict[str, Any]) -> str:
-    """Answers carry the image's id: the official join takes the question from the prompt."""
-    return f"{record['question_id']}: {_question(record.get('prompt') or '')}"
+def extract_question_before_ocr(prompt: str) -> str:
+    """Like `extract_question`, but also works if an OCR token contains a line break. The official code fails then."""
+    question, ocr, _ = prompt.partition(f"\n{OCR}")
+    return question.lower() if ocr else extract_question(prompt)
 
 
 def normalize(text: str) -> str:
-    """EvalAI's (M4C's) normaliser, which differs from the VQA v2 scorer's in commas, question marks and `'s`."""
+    """Normalise as EvalAI (M4C) does. It differs from the VQA v2 scorer in commas, question marks and `'s`."""
     return normalize_m4c(text)
 
 
 def score(prediction: str, answers: list[str]) -> float:
-    """Accuracy in 0..1 against exactly ten answers: leave-one-out as in VQAv2, but always normalised."""
+    """The accuracy in 0..1 against ten answers: leave-one-out as in VQAv2, but all texts are always normalised."""
     if len(answers) != 10:
-        raise UserError(f"TextVQA scores against ten answers, found {len(answers)}.")
-    return leave_one_out(normalize(prediction), [(normalize(answer), human) for human, answer in enumerate(answers)])
+        raise UserError(f"TextVQA requires ten right answers to a question, found {len(answers)}.")
+    return score_leave_one_out(
+        normalize(prediction), [(normalize(answer), human) for human, answer in enumerate(answers)]
+    )
 
 
-def evaluate(root: str | Path, pairs: list[tuple[Question, dict[str, Any] | None]]) -> dict[str, Any]:
-    """Mean accuracy over the answers; missing ones are left out and repeated ones count again, as officially."""
-    answered = [(question, record) for question, record in pairs if record is not None]
-    with_ocr = any(OCR in (record.get("prompt") or "") for _, record in answered)
-    metric = f"TextVQA ({'OCR' if with_ocr else 'no OCR'})"
-    if any(question.answer is None for question, _ in answered):
-        upload = [{"question_id": q.extra["question_id"], "answer": normalize(r["text"])} for q, r in answered]
-        items = [item(q, r["text"], normalize(r["text"]), None) for q, r in answered]
-        return result(None, f"{metric} test: upload to EvalAI", {}, items, files={"textvqa_upload.json": upload})
-    items = [item(q, r["text"], normalize(r["text"]), score(r["text"], q.answer)) for q, r in answered]
-    accuracy = mean(one["score"] for one in items)
-    return result(100 * accuracy, metric, {"samples": len(items), "accuracy": accuracy}, items)
+@dataclass
+class Benchmark(benchmarks.Benchmark):
+    """TextVQA by LLaVA's rules. Val is scored here; for test, the upload file is written."""
+
+    title = "TextVQA"
+    scorer = "m4c_evaluator, TinyLLaVA 53f12c7"
+    folder = FILES.folder
+    variants: ClassVar = {"val": {"split": "val"}, "test": {"split": "test"}, "no-ocr": {"ocr": False}}
+    counts_duplicates = True  # in the official code, the mean is over the lines of the answers file
+
+    split: str = "val"
+    ocr: bool = True  # OCR tokens in the prompt
+
+    def questions(self, root: Root) -> list[Question]:
+        """The questions of LLaVA's JSONL, or of `TextVQA_0.5.1_{split}.json` and the OCR file, or of the Hub's tables.
+
+        The Hub's tables contain OCR tokens too.
+        """
+        folder = "test_images" if self.split == "test" else "train_images"
+        rows = _read_hub(root, self.split, with_images=FILES.find(root, folder) is None)
+        release = _read_release(root, self.split, rows)
+        prompts = self._list_prompts(root, release, rows)
+        find_image = FILES.find_images(root, folder, rows)
+        annotations = {(a["image_id"], a["question"].lower()): a for a in release}
+        questions, counts = [], Counter()
+        for image_id, prompt, image in prompts:
+            text = extract_question_before_ocr(prompt)
+            if annotations and (image_id, text) not in annotations:
+                raise UserError(
+                    f"{LLAVA_FILE} asks '{text}' about image {image_id}, but TextVQA_0.5.1_{self.split}.json does not."
+                )
+            gold = annotations.get((image_id, text), {})
+            name = f"{image_id}: {text}"
+            counts[name] += 1  # for some images, the same question occurs twice
+            questions.append(
+                Question(
+                    name if counts[name] == 1 else f"{name} #{counts[name]}",
+                    image_id,
+                    prompt if self.ocr else _build_prompt(prompt.split("\n")[0], []),
+                    (find_image(image),),
+                    gold.get("answers") or None,
+                    extra={"question_id": gold.get("question_id")},
+                )
+            )
+        return questions
+
+    def _list_prompts(
+        self, root: Root, release: list[dict[str, Any]], rows: list[dict[str, Any]]
+    ) -> list[PromptRecord]:
+        """LLaVA's prompts if its file exists, else prompts built from the release."""
+        llava = FILES.find(root, LLAVA_FILE) if self.split == "val" else None
+        if llava:
+            return [PromptRecord(q["question_id"], q["text"], q["image"]) for q in read_jsonl(llava)]
+        if not release:
+            FILES.require(root, FILE.format(self.split), _name_tables(self.split))
+        tokens = _read_ocr_tokens(root, self.split, rows) if self.ocr else {}
+        return [
+            PromptRecord(
+                a["image_id"], _build_prompt(a["question"], tokens.get(a["image_id"], [])), f"{a['image_id']}.jpg"
+            )
+            for a in release
+        ]
+
+    def references(self, root: Root) -> list[Question]:
+        """The questions with their right answers. The OCR file is not needed."""
+        if not FILES.find(root, FILE.format(self.split)) and not FILES.find_tables(root, _name_tables(self.split)):
+            FILES.require(root, FILE.format(self.split), _name_tables(self.split))
+        return replace(self, ocr=False).questions(root)
+
+    def key(self, record: Answer) -> str:
+        """The image's id and the question in the prompt, because an answer has only the image's id."""
+        return f"{record['question_id']}: {extract_question_before_ocr(record.get('prompt') or '')}"
+
+    def parse(self, text: str, question: Question) -> str:
+        """The module's `normalize`."""
+        return normalize(text)
+
+    def score(self, text: str, question: Question) -> float:
+        """The module's `score`."""
+        return score(text, question.answer)
+
+    def evaluate(self, root: Root, pairs: list[Pair]) -> dict[str, Any]:
+        """The mean accuracy over the answers. As in the official code, repeated ones count, and missing ones do not."""
+        answered = drop_missing(pairs)
+        with_ocr = any(OCR in (record.get("prompt") or "") for _, record in answered)
+        metric = f"TextVQA ({'OCR' if with_ocr else 'no OCR'})"
+        if any(question.answer is None for question, _ in answered):
+            items = [build_item(q, record["text"], normalize(record["text"]), None) for q, record in answered]
+            upload = [
+                {"question_id": question.extra["question_id"], "answer": item["parsed"]}
+                for (question, _), item in zip(answered, items, strict=True)
+            ]
+            files = {"textvqa_upload.json": upload}
+            return build_result(None, f"{metric} test: upload to EvalAI", {}, items, files=files)
+        items = self.score_answered(answered)
+        accuracy = average(item["score"] for item in items)
+        return build_result(100 * accuracy, metric, {"samples": len(items), "accuracy": accuracy}, items)

@@ -1,6 +1,6 @@
 """VQAv2: short answers to 214,354 questions on COCO val2014 (scored here), or to test-dev (scored by EvalAI).
 
-Published numbers are of test-dev, for which `evaluate` makes the upload file of EvalAI challenge 830, and no score.
+Published numbers are on test-dev. For it, `evaluate` writes the upload file for EvalAI challenge 830, and no score.
 
     tinyllava eval CHECKPOINT --tasks vqav2 --data ROOT
     tinyllava score vqav2 --data ROOT --answers results.json
@@ -10,20 +10,34 @@ TinyLLaVA 53f12c7.
 """
 
 import functools
+from dataclasses import dataclass
 from decimal import ROUND_HALF_UP, Decimal
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from tinyllava.errors import UserError
-from tinyllava.eval.benchmarks import SHORT_ANSWER, Question, item, mean, result, variants
-from tinyllava.eval.benchmarks import _hub as hub
-from tinyllava.eval.benchmarks._files import field_of, find, need, read_json, read_jsonl, remedy
-from tinyllava.eval.benchmarks._vqa import leave_one_out, normalize_m4c, normalize_words, one_line, strip_punctuation
-
-TITLE = "VQAv2"
-FOLDER = "vqav2"
-SCORER = "GT-Vision-Lab/VQA a013f00"
-MAX_NEW_TOKENS = 128
+from tinyllava.eval import benchmarks
+from tinyllava.eval.benchmarks import (
+    SHORT_ANSWER,
+    Pair,
+    Question,
+    Root,
+    ScoredItem,
+    average,
+    build_item,
+    build_result,
+    drop_missing,
+    group_items,
+)
+from tinyllava.eval.benchmarks._files import get_field, read_json_file, read_jsonl
+from tinyllava.eval.benchmarks._layouts import DataFiles
+from tinyllava.eval.benchmarks._vqa import (
+    join_lines,
+    normalize_m4c,
+    normalize_words,
+    score_leave_one_out,
+    strip_punctuation,
+)
 
 SPLITS = {"val": "val2014", "test-dev": "test-dev2015", "test": "test2015"}
 HUB = {
@@ -31,166 +45,177 @@ HUB = {
     "test-dev": "data/testdev-*.parquet",
     "test": "data/test-*.parquet",
 }
-
-from_short_name = variants({split: {"split": split} for split in SPLITS})
-
-
-def questions(root: str | Path, split: str | None = None) -> list[Question]:
-    """The questions of `split`; None takes the first of val, test-dev and test that is there.
-
-    Reads LLaVA's `llava_vqav2_mscoco_{test-dev2015,test2015}.jsonl`, or the official
-    `v2_OpenEnded_mscoco_*_questions.json` and for val `v2_mscoco_val2014_annotations.json`, or the Hub's copy.
-    """
-    if split is not None and split not in SPLITS:
-        raise UserError(f"unknown VQAv2 split '{split}'. Known: {', '.join(SPLITS)}.")
-    wanted = [split] if split else list(SPLITS)
-    found = next((asked for one in wanted if (asked := _asked(root, one))), [])
-    if not found:
-        names = [name for one in wanted for name in (*_files(one), HUB[one])]
-        need(root, FOLDER, *names, hint=remedy("vqav2"))
-    return found
+FILES = DataFiles("vqav2", folder="vqav2")
 
 
-def _files(split: str) -> tuple[str, str]:
-    """LLaVA's and the official questions of a split."""
+def _list_files(split: str) -> tuple[str, str]:
+    """The names of LLaVA's and of the official questions of a split."""
     return f"llava_vqav2_mscoco_{SPLITS[split]}.jsonl", f"v2_OpenEnded_mscoco_{SPLITS[split]}_questions.json"
 
 
-def _asked(root: str | Path, split: str) -> list[Question]:
-    """The questions of one split; none where it is not there."""
+def _read_questions(root: Root, split: str) -> list[Question]:
+    """Read the questions of one split; [] if it does not exist."""
     name = SPLITS[split].replace("test-dev", "test")
-    path, folder = find(root, FOLDER, *_files(split)), find(root, FOLDER, name)
-    copies = [] if path and folder else _hub_rows(root, split, None if folder else name)
-    pictures = {} if folder else hub.pictures(copies)
-    folder = folder or (path.parent if path else Path(root) / FOLDER) / name
+    path, folder = FILES.find(root, *_list_files(split)), FILES.find(root, name)
+    rows = [] if path and folder else _read_hub(root, split, None if folder else name)
+    find_image = FILES.find_images(root, name, rows, parent=path.parent if path else None)
     if path and path.suffix == ".jsonl":
         return [
-            Question(
-                str(q["question_id"]),
-                q["question_id"],
-                q["text"],
-                (pictures.get(q["image"], str(folder / q["image"])),),
-            )
+            Question(str(q["question_id"]), q["question_id"], q["text"], (find_image(q["image"]),))
             for q in read_jsonl(path)
         ]
-    gold = {q["question_id"]: q for q in copies}
+    gold = {q["question_id"]: q for q in rows}
     if path and split == "val":
-        gold = _annotations(path.parent / f"v2_mscoco_{SPLITS[split]}_annotations.json")
-    found = []
-    for q in field_of(read_json(path), "questions", path) if path else copies:
-        picture = _picture(name, q)
-        found.append(
-            Question(
-                str(q["question_id"]),
-                q["question_id"],
-                f"{q['question']}\n{SHORT_ANSWER}",
-                (pictures.get(picture, str(folder / picture)),),
-                gold.get(q["question_id"], {}).get("answers") or None,
-                gold.get(q["question_id"], {}).get("answer_type") or "",
-                extra={"question_type": gold.get(q["question_id"], {}).get("question_type") or ""},
-            )
-        )
-    return found
+        gold = _read_annotations(path.parent / f"v2_mscoco_{SPLITS[split]}_annotations.json")
+    return [
+        _build_question(q, gold.get(q["question_id"], {}), find_image(_name_image(name, q)))
+        for q in (get_field(read_json_file(path), "questions", path) if path else rows)
+    ]
 
 
-def _picture(folder: str, question: dict[str, Any]) -> str:
-    """What COCO calls it."""
+def _build_question(q: dict[str, Any], gold: dict[str, Any], image: str) -> Question:
+    return Question(
+        str(q["question_id"]),
+        q["question_id"],
+        f"{q['question']}\n{SHORT_ANSWER}",
+        (image,),
+        gold.get("answers") or None,
+        gold.get("answer_type") or "",
+        extra={"question_type": gold.get("question_type") or ""},
+    )
+
+
+def _name_image(folder: str, question: dict[str, Any]) -> str:
+    """COCO's file name for the image of a question."""
     return f"COCO_{folder}_{question['image_id']:012d}.jpg"
 
 
-def _hub_rows(root: str | Path, split: str, folder: str | None) -> list[dict[str, Any]]:
-    """The Hub's rows, with their pictures under COCO's names unless `folder` is None."""
+def _read_hub(root: Root, split: str, folder: str | None) -> list[dict[str, Any]]:
+    """Read the Hub's rows. Their images get COCO's names; if `folder` is None, no images are read."""
     columns = ("question_id", "image_id", "question", "answers", "answer_type", "question_type")
-    name = functools.partial(_picture, folder) if folder else None
-    return hub.rows(hub.tables(root, FOLDER, HUB[split]), *columns, name=name)
+    name = functools.partial(_name_image, folder) if folder else None
+    return FILES.read_rows(root, [HUB[split]], columns, name=name)
 
 
-def _annotations(path: Path) -> dict[int, dict[str, Any]]:
+def _read_annotations(path: Path) -> dict[int, dict[str, Any]]:
+    """Read the right answers by question id. Raises UserError if the file does not exist."""
     if not path.exists():
-        raise UserError(f"expected {path}, with the answers to the val2014 questions beside it. {remedy('vqav2')}")
-    return {a["question_id"]: a for a in field_of(read_json(path), "annotations", path)}
+        raise UserError(f"expected {path}, which has the right answers to the val2014 questions. {FILES.suggest()}")
+    return {a["question_id"]: a for a in get_field(read_json_file(path), "annotations", path)}
 
 
 @functools.lru_cache(maxsize=1 << 16)
 def normalize(text: str) -> str:
-    """The official normaliser: punctuation, then lower case, digits, articles and contractions."""
-    return normalize_words(strip_punctuation(one_line(text), ascii_digits=True))
+    """Normalise as the official scorer does: punctuation, then lower case, digits, articles and contractions."""
+    return normalize_words(strip_punctuation(join_lines(text), ascii_digits=True))
 
 
 def score(prediction: str, answers: list[dict[str, Any]] | list[str]) -> float:
-    """Official accuracy in 0..1 against (ten) human answers, leave-one-out.
+    """The official accuracy in 0..1 against (ten) human answers, leave-one-out.
 
-    Only where the stripped answers are not all the same is anything normalised: "Yes" against ten "yes" is wrong.
-    Of answer records the official code leaves out all that are *equal* to the one at hand, which without distinct
-    answer_ids is more than one.
+    If all stripped answers are the same, nothing is normalised: "Yes" is wrong if all ten answers are "yes". For each
+    answer record, the official code leaves out all *equal* records. Without distinct answer_ids, that can be several.
     """
     if not answers:
         raise UserError("a question has no human answers, so it cannot be scored.")
     records = [dict(a) if isinstance(a, dict) else {"answer": a, "answer_id": i} for i, a in enumerate(answers)]
-    texts = [one_line(record.pop("answer")) for record in records]
-    prediction = one_line(prediction)
+    texts = [join_lines(record.pop("answer")) for record in records]
+    prediction = join_lines(prediction)
     if len(set(texts)) > 1:
         texts = [normalize(text) for text in texts]
         prediction = normalize(prediction)
-    return leave_one_out(prediction, list(zip(texts, records, strict=True)))
+    return score_leave_one_out(prediction, list(zip(texts, records, strict=True)))
 
 
-def submission_answer(text: str) -> str:
-    """What LLaVA and TinyLLaVA upload for an answer: EvalAI's (M4C's) normaliser, not the official scorer's."""
+def normalize_submission(text: str) -> str:
+    """Normalise an answer for the upload, as LLaVA and TinyLLaVA do: by EvalAI's (M4C's) rules, not the scorer's."""
     return normalize_m4c(text)
 
 
-def submission(answers: dict[str, str], question_ids: list[int]) -> list[dict[str, Any]]:
-    """The upload file: one line for each id of the whole test split, with "" where there is no answer."""
+def build_submission(answers: dict[str, str], question_ids: list[int]) -> list[dict[str, Any]]:
+    """Build the upload file: one entry for each id of the whole test split, with "" if there is no answer."""
     return [
-        {"question_id": i, "answer": submission_answer(answers[str(i)]) if str(i) in answers else ""}
+        {"question_id": i, "answer": normalize_submission(answers[str(i)]) if str(i) in answers else ""}
         for i in question_ids
     ]
 
 
-def _test_ids(root: str | Path) -> list[int]:
-    """The ids of the whole test split, which the upload of test-dev has too; none where it is not there."""
-    path = find(root, FOLDER, *_files("test"))
+def _list_test_ids(root: Root) -> list[int]:
+    """List the ids of the whole test split, which an upload for test-dev requires; [] if the split does not exist."""
+    path = FILES.find(root, *_list_files("test"))
     if path is None:
-        records = _hub_rows(root, "test", None)
+        records = _read_hub(root, "test", None)
     else:
-        records = read_jsonl(path) if path.suffix == ".jsonl" else field_of(read_json(path), "questions", path)
+        records = read_jsonl(path) if path.suffix == ".jsonl" else get_field(read_json_file(path), "questions", path)
     return [record["question_id"] for record in records]
 
 
-def percent(values: list[float]) -> float:
-    """100 x the mean to two decimals; exact halves away from zero, as Python 2 (and so the official scorer) rounds."""
+def round_percent(values: list[float]) -> float:
+    """100 x the mean, rounded to two decimals as Python 2 and the official scorer do: halves away from zero."""
     return float(Decimal(100 * sum(values) / len(values)).quantize(Decimal("0.01"), ROUND_HALF_UP))
 
 
-def aggregate(items: list[dict[str, Any]]) -> dict[str, Any]:
-    """The official `accuracy` (overall, perAnswerType, perQuestionType) and `evalQA`, all in percent."""
+def aggregate(items: list[ScoredItem]) -> dict[str, Any]:
+    """Compute the official `accuracy` (overall, perAnswerType, perQuestionType) and `evalQA`, all in percent."""
 
-    def by(name: str) -> dict[str, float]:
-        groups: dict[str, list[float]] = {}
-        for one in items:
-            groups.setdefault(one[name], []).append(one["score"])
-        return {group: percent(scores) for group, scores in groups.items()}
+    def score_groups(name: str) -> dict[str, float]:
+        groups = group_items(items, name)
+        return {value: round_percent([item["score"] for item in group]) for value, group in groups.items()}
 
     return {
-        "overall": percent([one["score"] for one in items]) if items else 0.0,
-        "perAnswerType": by("category"),
-        "perQuestionType": by("question_type"),
-        "evalQA": {one["id"]: percent([one["score"]]) for one in items},
+        "overall": round_percent([item["score"] for item in items]) if items else 0.0,
+        "perAnswerType": score_groups("category"),
+        "perQuestionType": score_groups("question_type"),
+        "evalQA": {item["id"]: round_percent([item["score"]]) for item in items},
     }
 
 
-def evaluate(root: str | Path, pairs: list[tuple[Question, dict[str, Any] | None]]) -> dict[str, Any]:
-    """Score val2014 answers; for a test split, make the upload file."""
-    answered = [(question, record["text"]) for question, record in pairs if record is not None]
-    if any(question.answer is None for question, _ in pairs):
-        ids = _test_ids(root) or [q.question_id for q, _ in pairs]
-        upload = submission({q.id: text for q, text in answered}, ids)
-        items = [item(q, text, submission_answer(text), None) for q, text in answered]
-        metric = "VQAv2 test: upload to EvalAI challenge 830"
-        return result(None, metric, {}, items, files={"vqav2_upload.json": upload})
-    items = [
-        item(q, text, normalize(text), score(text, q.answer), question_type=q.extra["question_type"])
-        for q, text in answered
-    ]
-    return result(100 * mean(one["score"] for one in items), "VQAv2 val accuracy", aggregate(items), items)
+@dataclass
+class Benchmark(benchmarks.Benchmark):
+    """VQAv2 by the official rules. Val is scored here; for the test splits, the upload file is written."""
+
+    title = "VQAv2"
+    scorer = "GT-Vision-Lab/VQA a013f00"
+    folder = FILES.folder
+    variants: ClassVar = {split: {"split": split} for split in SPLITS}
+
+    split: str | None = None  # None: the first of val, test-dev and test that exists
+
+    def questions(self, root: Root) -> list[Question]:
+        """The questions of the split.
+
+        Reads LLaVA's `llava_vqav2_mscoco_{test-dev2015,test2015}.jsonl`, or the official
+        `v2_OpenEnded_mscoco_*_questions.json` and for val `v2_mscoco_val2014_annotations.json`, or the Hub's tables.
+        """
+        if self.split is not None and self.split not in SPLITS:
+            raise UserError(f"unknown VQAv2 split '{self.split}'. Known: {', '.join(SPLITS)}.")
+        splits = [self.split] if self.split else list(SPLITS)
+        questions = next((questions for split in splits if (questions := _read_questions(root, split))), [])
+        if not questions:
+            FILES.require(root, *(name for split in splits for name in (*_list_files(split), HUB[split])))
+        return questions
+
+    def parse(self, text: str, question: Question) -> str:
+        """The module's `normalize`."""
+        return normalize(text)
+
+    def score(self, text: str, question: Question) -> float:
+        """The module's `score`."""
+        return score(text, question.answer)
+
+    def evaluate(self, root: Root, pairs: list[Pair]) -> dict[str, Any]:
+        """Score answers to val2014; for a test split, write the upload file."""
+        answered = drop_missing(pairs)
+        if any(question.answer is None for question, _ in pairs):
+            ids = _list_test_ids(root) or [question.question_id for question, _ in pairs]
+            upload = build_submission({question.id: record["text"] for question, record in answered}, ids)
+            items = [
+                build_item(q, record["text"], normalize_submission(record["text"]), None) for q, record in answered
+            ]
+            metric = "VQAv2 test: upload to EvalAI challenge 830"
+            return build_result(None, metric, {}, items, files={"vqav2_upload.json": upload})
+        items = self.score_answered(answered)
+        for item, (question, _) in zip(items, answered, strict=True):
+            item["question_type"] = question.extra["question_type"]
+        accuracy = 100 * average(item["score"] for item in items)
+        return build_result(accuracy, "VQAv2 val accuracy", aggregate(items), items)

@@ -1,0 +1,125 @@
+"""The commands look, train, data check, chat, export and doctor on a tiny recipe."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.cli_tools import CommandResult, assert_refused, recipe, run_command_line, write_recipe  # noqa: F401  (the fixture `tinyllava`)
+
+
+@pytest.fixture(scope="module")
+def trained(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run, trained by the command line in a separate process."""
+    folder = tmp_path_factory.mktemp("run")
+    path = write_recipe(folder, recipe(pictures))
+    command = [sys.executable, "-m", "tinyllava.cli", "train", path, "--output", folder / "tiny"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr and "Loading weights" not in done.stderr
+    assert f"tinyllava chat {folder / 'tiny'}" in done.stdout
+    return folder / "tiny"
+
+
+def test_look_shows_what_will_be_trained_and_writes_nothing(
+    tinyllava: Callable[..., CommandResult], tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = write_recipe(tmp_path, recipe(pictures))
+    result = tinyllava(
+        "look", path, "stages.finetune.trainer.max_steps=-1", "stages.finetune.trainer.num_train_epochs=2"
+    )
+    assert result.code == 0, result.err
+    pretrain, finetune = result.out.split("stage finetune")
+    assert "stage pretrain" in pretrain and "optimiser steps  3 (24 samples, 4 per step, max_steps)" in pretrain
+    assert "optimiser steps  12 (24 samples, 4 per step, 2 epochs)" in finetune
+    assert "lora (r 4, alpha 8)" in finetune and "0.005" in finetune
+    assert "image 1: 50x40 -> 32x32 px, 16 tokens" in pretrain and "<image x 16>thing number" in pretrain
+    assert "plain llava: loads in transformers and vLLM without our code" in finetune
+    assert "export DIR --to merged" in finetune
+    assert [child.name for child in tmp_path.iterdir()] == ["tiny.yaml"]
+
+
+def test_look_says_why_a_checkpoint_is_not_plain(
+    tinyllava: Callable[..., CommandResult], tmp_path: Path, pictures: Path
+) -> None:
+    result = tinyllava("look", write_recipe(tmp_path, recipe(pictures)), "model.connector=mlp3x_gelu")
+    assert "not plain llava: the connector mlp3x_gelu is not Llava's two-layer projector" in result.out
+
+
+def test_data_check_exits_with_1_if_anything_is_wrong(
+    tinyllava: Callable[..., CommandResult], tmp_path: Path, pictures: Path
+) -> None:
+    good = tinyllava("data", "check", pictures / "captions.json")
+    assert good.code == 0 and "24 records, 24 images" in good.out
+    away = tinyllava("data", "check", pictures / "captions.json", "--images", tmp_path)
+    assert away.code == 1 and "image not found" in away.out and "c23" not in away.out and "14 more" in away.out
+
+    path = write_recipe(tmp_path, recipe(pictures))
+    assert tinyllava("data", "check", path).code == 0
+    short = recipe(pictures)
+    short["stages"]["pretrain"]["max_length"] = 20  # 16 of them for the picture
+    result = tinyllava("data", "check", write_recipe(tmp_path, short))
+    assert result.code == 1 and "too long" in result.out  # the recipe's own template and tokenizer count
+
+
+def test_a_run_writes_log_and_curves_and_is_not_trained_twice(
+    tinyllava: Callable[..., CommandResult], trained: Path
+) -> None:
+    for stage in ("pretrain", "finetune"):
+        lines = [json.loads(line) for line in (trained / stage / "metrics.jsonl").read_text().splitlines()]
+        assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3]
+        assert (trained / stage / "curve.png").stat().st_size > 10_000
+    assert {"lr/connector", "lr/llm", "grad_norm", "epoch", "time"} <= set(lines[-2])
+    again = tinyllava("train", trained.parent / "tiny.yaml", "--output", trained)
+    assert again.code == 0 and "stage finetune: already finished" in again.err
+    other = tinyllava("train", trained.parent / "tiny.yaml", "seed=7", "--output", trained)
+    assert_refused(other, "another recipe", "--overwrite")
+
+
+def test_chat_answers_once_or_each_line(tinyllava: Callable[..., CommandResult], trained: Path, pictures: Path) -> None:
+    options = ("--max-new-tokens", 4)
+    once = tinyllava("chat", trained, pictures / "1.png", "--prompt", "What is it?", *options)
+    assert once.code == 0 and "error" not in once.err and once.out.endswith("\n")
+    picture = f"/image {pictures / '1.png'}"
+    piped = tinyllava("chat", trained, *options, stdin=f"Say a thing.\n\n/reset\n{picture}\nWhat is it?\n/exit\nmore\n")
+    answers = piped.out.splitlines()
+    assert piped.code == 0 and len(answers) == 2
+    assert answers[1] == once.out.strip()  # after /reset it is the same question
+    assert_refused(tinyllava("chat", trained, pictures / "gone.png", stdin="hi\n"), "gone.png", "not found")
+    assert_refused(tinyllava("chat", trained, stdin="/imgae x\n"), "/imgae", "did you mean '/image'")
+
+
+def test_export_merges_the_adapter_and_overwrites_nothing(
+    tinyllava: Callable[..., CommandResult], trained: Path, tmp_path: Path, pictures: Path
+) -> None:
+    merged = tmp_path / "merged"
+    result = tinyllava("export", trained, "--to", "merged", "--output", merged)
+    assert result.code == 0 and "plain llava" in result.out, result.err
+    assert not list(merged.glob("adapter*")) and list((trained / "finetune" / "final").glob("adapter*"))
+    ask = (pictures / "2.png", "--prompt", "What is it?", "--max-new-tokens", 6)
+    assert tinyllava("chat", merged, *ask).out == tinyllava("chat", trained, *ask).out
+    assert_refused(tinyllava("export", trained, "--to", "merged", "--output", merged), "exists already")
+    assert_refused(tinyllava("export", merged, "--to", "merged", "--output", tmp_path / "x"), "no adapter")
+    assert not (tmp_path / "x").exists()
+
+
+def test_doctor_finds_packages_that_do_not_work_together(
+    tinyllava: Callable[..., CommandResult], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    well = tinyllava("doctor")
+    assert torch.__version__ in well.out and "transformers" in well.out and "GiB free" in well.out
+    assert well.code == 0 and "extra serve" in well.out
+    for name, version in (("timm", "1.0.31"), ("pillow", "13.0.0")):
+        folder = tmp_path / f"{name}-{version}.dist-info"
+        folder.mkdir()
+        (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    ill = tinyllava("doctor")
+    assert ill.code == 1
+    assert "timm without torchvision" in ill.out and "pillow 13.0.0 is installed, but" in ill.out and "<13" in ill.out

@@ -1,0 +1,66 @@
+"""Write files and directories whole: they get their name only when all of their content is written.
+
+Everything is written beside its final place and then renamed. A file therefore always holds its old content or its new
+content, even after a kill or a full disk. A directory that a kill stops while it is being replaced can be missing, but
+it is never half written.
+"""
+
+import errno
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from tinyllava.errors import UserError
+
+FULL = {errno.ENOSPC, errno.EDQUOT}  # errors of a full disk and of a full quota
+
+
+def partial_path(path: Path) -> Path:
+    """The hidden path beside `path` to which it is written first. A rename requires the same file system."""
+    return path.with_name(f".{path.name}.partial")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file whole, and create the folders above it."""
+    with write_file(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def write_file(path: Path) -> Iterator[Path]:
+    """Yield a path to write the file to; it becomes `path` when the block ends without an error."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = partial_path(path)
+    try:
+        yield partial
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def write_directory(directory: Path) -> Iterator[Path]:
+    """Yield an empty directory; it replaces `directory` when the block ends without an error.
+
+    Raises UserError when the disk is full. The old content of `directory` is then unchanged.
+    """
+    partial = partial_path(directory)
+    # A process that was killed may have left one.
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        if directory.exists():
+            shutil.rmtree(directory)
+        partial.rename(directory)
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        free = shutil.disk_usage(directory.parent).free // 2**20
+        raise UserError(
+            f"the disk is full: {directory} was not written ({free} MiB free). Everything written before is intact."
+            " Free some space and run the same command again."
+        ) from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

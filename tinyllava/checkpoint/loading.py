@@ -1,0 +1,199 @@
+"""Load a VLM from a checkpoint directory: ours, one in `llava-hf` layout, or one of the original TinyLLaVA Factory."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft.utils import ModulesToSaveWrapper
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers import AutoConfig, LlavaConfig, LlavaProcessor
+
+from tinyllava.checkpoint import legacy
+from tinyllava.checkpoint.adapter import ADAPTER, PEFT_PREFIX, check_base, has_adapter, map_adapter_names
+from tinyllava.checkpoint.layout import get_published_name
+from tinyllava.checkpoint.record import read_record
+from tinyllava.checkpoint.weight_files import INDEX, find_base_files, list_names
+from tinyllava.config import NATIVE_TEMPLATE
+from tinyllava.data.template import ServedTemplate, Template
+from tinyllava.errors import UserError
+from tinyllava.factory import suggest_nearest
+from tinyllava.model.configuration import TinyLlavaConfig
+from tinyllava.model.image_processor import load_trusted_class
+from tinyllava.model.modeling import TinyLlavaForConditionalGeneration
+from tinyllava.model.modules import replace_module
+from tinyllava.model.parts import silence_transformers
+from tinyllava.model.processor import build_processor
+from tinyllava.model.quantise import is_quantised
+from tinyllava.model.vlm import VLM
+from tinyllava.vision_towers import find_family
+
+
+def load(
+    directory: Path, dtype: torch.dtype | str = "auto", attn_implementation: str | None = None, **missing: Any
+) -> VLM:
+    """Load the VLM of a checkpoint directory, with its adapter, on the CPU and in eval mode.
+
+    It reads what `save` wrote, checkpoints in `llava-hf` layout, and those of the original TinyLLaVA Factory. missing:
+    values that the checkpoint does not contain: `template` for llava-hf's, and the keywords of `legacy.read_legacy` for
+    the original's. Raises UserError when files or weights are missing.
+    """
+    directory = Path(directory)
+    if legacy.is_legacy(directory):
+        return _load_legacy(directory, dtype, attn_implementation, missing)
+    record = read_record(directory) or {}
+    template_name = None if record else missing.pop("template", None)
+    if missing:
+        raise UserError(
+            f"{directory} carries its own {', '.join(missing)}. Only checkpoints of the original need these."
+        )
+
+    config = _read_config(directory)
+    plain_processor = LlavaProcessor.from_pretrained(directory, backend="pil")
+    if config.model_type == "llava":
+        config = _complete_plain_config(config, plain_processor, record)
+    if (directory / ADAPTER).is_file():
+        check_base(directory, find_base_files(directory))
+    model = _load_model(directory, config, dtype, attn_implementation)
+    for name, module in list(model.named_modules()):
+        # peft keeps a copy of the connector from the adapter. Its weights are the same as in the base.
+        if isinstance(module, ModulesToSaveWrapper):
+            replace_module(model, name, module.modules_to_save["default"])
+
+    tokenizer, chat_template = plain_processor.tokenizer, plain_processor.chat_template
+    template = _read_template(record)
+    if template_name:
+        template = Template.load(template_name)
+        chat_template = template.get_chat_template(tokenizer)
+    images, tokens = plain_processor.image_processor, config.image_seq_length
+    return VLM(model.eval(), build_processor(config, images, tokenizer, chat_template, tokens), template, record)
+
+
+def _read_config(directory: Path) -> LlavaConfig:
+    """The config in `directory`: plain Llava's or ours. Raises UserError for anything else."""
+    try:
+        config = AutoConfig.from_pretrained(directory)
+    except ValueError as error:
+        reason = str(error).partition(". ")[0]  # the rest lists all models that transformers knows
+        raise UserError(
+            f"cannot read {directory}: {reason}. If the part is yours, import the module that registers it first."
+        ) from None
+    if config.model_type not in {"llava", TinyLlavaConfig.model_type}:
+        raise UserError(f"{directory} holds a {config.model_type} model, expected a llava one.")
+    if getattr(config, "image_processor", None):
+        load_trusted_class(config.image_processor)
+    return config
+
+
+def _load_legacy(
+    directory: Path, dtype: torch.dtype | str, attn_implementation: str | None, missing: Mapping[str, Any]
+) -> VLM:
+    for name in missing:
+        if name not in legacy.KEYWORDS:
+            raise UserError(
+                f"unknown keyword '{name}'{suggest_nearest(name, legacy.KEYWORDS)} Known: {', '.join(legacy.KEYWORDS)}."
+            )
+    original = legacy.read_legacy(directory, **missing)
+    model = _load_model(directory, original.config, dtype, attn_implementation, original.state)
+    model.generation_config = original.generation
+    tokens = model.model.multi_modal_projector.num_tokens(original.config.num_patches)
+    model.config.image_seq_length = tokens
+    chat_template = original.template.get_chat_template(original.tokenizer)
+    processor = build_processor(model.config, original.images, original.tokenizer, chat_template, tokens)
+    return VLM(model.eval(), processor, original.template)
+
+
+def _load_model(
+    directory: Path,
+    config: TinyLlavaConfig,
+    dtype: torch.dtype | str,
+    attn_implementation: str | None,
+    state: dict[str, Tensor] | None = None,
+) -> TinyLlavaForConditionalGeneration:
+    """The model with the weights in `directory` or in `state`. Raises UserError unless they fit exactly."""
+    kwargs = {"attn_implementation": attn_implementation} if attn_implementation else {}
+    with silence_transformers():
+        model, info = TinyLlavaForConditionalGeneration.from_pretrained(
+            directory if state is None else None,
+            config=config,
+            dtype=dtype,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # reported below, in one message with missing and unexpected weights
+            **({} if state is None else {"state_dict": state}),
+            **kwargs,
+        )
+    unexpected = info["unexpected_keys"]
+    # These belong to an adapter's connector, or are the identity layers that plain llava has for `linear`.
+    if state is None:
+        unexpected = {name for name in unexpected if "multi_modal_projector.linear_" not in name}
+    mismatched = {name for name, *_ in info["mismatched_keys"]}
+    wrong = {"missing": info["missing_keys"], "unexpected": unexpected, "of another shape": mismatched}
+    if any(wrong.values()):
+        listed = "; ".join(
+            f"{len(names)} {kind} ({list_names(get_published_name(model, name) for name in names)})"
+            for kind, names in wrong.items()
+            if names
+        )
+        remedy = "Copy it again." if state is None else "Copy it again, or give the configs that it does not contain."
+        raise UserError(f"{directory} does not fit its own config: weights {listed}. {remedy}")
+    return model
+
+
+def restore(model: TinyLlavaForConditionalGeneration, directory: Path) -> None:
+    """Read the weights of a checkpoint, with its adapter, back into the model that it was saved from, to resume a run.
+
+    Raises UserError when a weight is missing.
+    """
+    read_record(directory)
+    index = json.loads((directory / INDEX).read_text(encoding="utf-8"))["weight_map"]
+    stored: dict[str, Tensor] = {}
+    for file in sorted({*index.values(), *([ADAPTER] if has_adapter(model) else [])}):
+        stored |= load_file(directory / file)
+    parameters = dict(model.named_parameters())
+    adapter = map_adapter_names(model, parameters) if has_adapter(model) else {}
+    keys = {name: PEFT_PREFIX + key for key, name in adapter.items()}
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            key = keys.get(name) or get_published_name(model, name)
+            if key not in stored:
+                raise UserError(
+                    f"{key} is missing in {directory}: it is a checkpoint of another model or tuning."
+                    " Choose another --output."
+                )
+            if isinstance(parameter, DTensor):  # FSDP2: each rank copies its own shard
+                mesh, placements = parameter.device_mesh, parameter.placements
+                parameter.copy_(distribute_tensor(stored[key], mesh, placements, src_data_rank=None))
+            elif not is_quantised(parameter):  # these are frozen, and already quantised from the same weights
+                parameter.copy_(stored[key])
+
+
+def _complete_plain_config(
+    config: LlavaConfig, processor: LlavaProcessor, record: Mapping[str, Any]
+) -> TinyLlavaConfig:
+    """Our config of a plain llava checkpoint: from its record, or from what Llava's config implies."""
+    fields = config.to_dict()
+    fields.pop("model_type", None)
+    if "model" in record:
+        return TinyLlavaConfig(**{**fields, **record["model"]})
+    prefix = find_family(config.vision_config).prefix_tokens(config.vision_config)
+    implied = {
+        "connector": {"mlp": {"layers": 2, "act": config.projector_hidden_act}},
+        "prefix_tokens": prefix,
+        "drop_first_patch": prefix == 0,  # Llava's "default" always drops the first token
+        "image_size": processor.image_processor.crop_size["height"],
+        "image_mean": list(processor.image_processor.image_mean),
+        "image_std": list(processor.image_processor.image_std),
+    }
+    return TinyLlavaConfig(**{**fields, **implied})
+
+
+def _read_template(record: Mapping[str, Any]) -> Template:
+    stored = record.get("template")
+    if stored is None:
+        return ServedTemplate(NATIVE_TEMPLATE, None)
+    if stored["compat"]:
+        return Template.load(stored["name"], compat=True)
+    return Template(stored["name"], stored["source"])  # its text is stored: the user's own file may no longer exist

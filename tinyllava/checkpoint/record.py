@@ -1,0 +1,55 @@
+"""`tinyllava.json`, the record of a checkpoint: its model, the run that made it, and all files with their sizes."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tinyllava.checkpoint.weight_files import INDEX
+from tinyllava.errors import UserError
+
+RECORD = "tinyllava.json"
+FORMAT = 1  # of the record; reading a newer one raises an error
+
+
+def write_record(directory: Path, record: Mapping[str, Any]) -> None:
+    """Write the record. It lists all files with their sizes, so it must be the last file that is written."""
+    sizes = {
+        str(path.relative_to(directory)): path.stat().st_size for path in sorted(directory.rglob("*")) if path.is_file()
+    }
+    sizes.pop(RECORD, None)
+    (directory / RECORD).write_text(json.dumps({**record, "files": sizes}, indent=2) + "\n", encoding="utf-8")
+
+
+def read_record(directory: Path) -> dict[str, Any] | None:
+    """The record of a checkpoint that `save` wrote; None for checkpoints of other packages.
+
+    Raises UserError when the directory is not a checkpoint, or files of it are missing or damaged.
+    """
+    if not (directory / "config.json").is_file():
+        raise UserError(
+            f"{directory} is not a checkpoint: it has no config.json. Give a directory made by `tinyllava train`."
+        )
+    if not (directory / RECORD).is_file():
+        if (directory / INDEX).is_file() or (directory / "model.safetensors").is_file():
+            return None
+        raise UserError(f"{directory} is incomplete: it has a config.json but no weights. Use an earlier checkpoint.")
+    record = json.loads((directory / RECORD).read_text(encoding="utf-8"))
+    if record.get("format", 0) > FORMAT:
+        raise UserError(
+            f"{directory} was written by a newer version of tinyllava (format {record['format']}). Update tinyllava."
+        )
+    for name, size in record["files"].items():
+        actual = (directory / name).stat().st_size if (directory / name).is_file() else None
+        if actual != size:
+            state = "is missing" if actual is None else f"has {actual} bytes, expected {size}"
+            raise UserError(f"{directory} is damaged: {name} {state}. Use an earlier checkpoint, or copy it again.")
+    return record
+
+
+def is_whole(directory: Path) -> bool:
+    """Whether `save` wrote this directory and all its files are there with their sizes."""
+    try:
+        return directory.is_dir() and read_record(directory) is not None
+    except UserError:
+        return False

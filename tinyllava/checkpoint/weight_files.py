@@ -1,0 +1,116 @@
+"""Write and find the weight files of a checkpoint: safetensors files for each part, and an index over them.
+
+A part that did not change is a hard link to the files of an earlier checkpoint.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from tinyllava import atomic
+from tinyllava.checkpoint.layout import PREFIXES
+from tinyllava.errors import UserError
+
+INDEX = "model.safetensors.index.json"
+FILES = {"vision_tower": "vision_tower", "connector": "connector", "llm": "language_model"}
+SHARD_SIZE = "5GB"
+
+
+def write_weights(
+    published: Mapping[str, Tensor], directory: Path, reuse: Mapping[str, list[Path]]
+) -> dict[str, list[Path]]:
+    """Write safetensors files for each part, and the index. Returns the files of each part.
+
+    published: weights under their names on disk. reuse: files that already hold the weights of a part; they are linked.
+    """
+    weight_map: dict[str, str] = {}
+    files: dict[str, list[Path]] = {}
+    total = 0
+    for part, prefix in PREFIXES.items():
+        sources = reuse.get(part, [])
+        state = {name: tensor for name, tensor in published.items() if name.startswith(prefix)}
+        if sources and all(source.is_file() for source in sources):
+            names, size = _link_weights(sources, directory)
+        # bitsandbytes packs 4-bit weights into uint8. No other weight has this dtype.
+        elif any(tensor.dtype == torch.uint8 for tensor in state.values()):
+            files_given = ", ".join(map(str, sources)) or "none given"
+            raise UserError(
+                f"the {part} is quantised, and the files of its unquantised weights are missing ({files_given})."
+            )
+        else:
+            names, size = _write_shards(state, FILES[part], directory)
+        weight_map |= names
+        total += size
+        files[part] = [directory / name for name in sorted(set(names.values()))]
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    return files
+
+
+def _link_weights(sources: list[Path], directory: Path) -> tuple[dict[str, str], int]:
+    """Link files into `directory`. Returns {weight: file name} and the bytes of the weights."""
+    weight_map: dict[str, str] = {}
+    total = 0
+    for source in sources:
+        link_file(source, directory / source.name)
+        names, size = read_weight_names(source)
+        weight_map |= dict.fromkeys(names, source.name)
+        total += size
+    return weight_map, total
+
+
+def _write_shards(state: Mapping[str, Tensor], stem: str, directory: Path) -> tuple[dict[str, str], int]:
+    """Write the weights of one part. Returns {weight: file name} and the bytes of the weights."""
+    if not state:  # a connector without weights
+        return {}, 0
+    pattern = stem + "{suffix}.safetensors"
+    plan = split_torch_state_dict_into_shards(dict(state), filename_pattern=pattern, max_shard_size=SHARD_SIZE)
+    for name in sorted(plan.filename_to_tensors):
+        tensors = {key: state[key].detach().cpu().contiguous() for key in plan.filename_to_tensors[name]}
+        save_file(tensors, directory / name, metadata={"format": "pt"})
+    weight_map = {key: name for name, keys in plan.filename_to_tensors.items() for key in keys}
+    return weight_map, sum(tensor.numel() * tensor.element_size() for tensor in state.values())
+
+
+def read_weight_names(file: Path) -> tuple[list[str], int]:
+    """The names of the weights in a safetensors file, and their bytes."""
+    with safe_open(file, framework="pt") as weights:
+        names = list(weights.keys())
+    with file.open("rb") as raw:  # eight bytes with the header's length, the header, the weights
+        return names, file.stat().st_size - 8 - int.from_bytes(raw.read(8), "little")
+
+
+def find_part_files(directory: Path) -> dict[str, list[Path]]:
+    """The weight files of each part in a checkpoint that `save` wrote."""
+    return {part: sorted(directory.glob(f"{stem}*.safetensors")) for part, stem in FILES.items()}
+
+
+def find_base_files(directory: Path) -> list[Path]:
+    """The weight files of a checkpoint, without the adapter's: those in its index, or else model.safetensors."""
+    index = directory / INDEX
+    names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values() if index.is_file() else []
+    return [directory / name for name in sorted(set(names)) or ["model.safetensors"]]
+
+
+def link_file(source: Path, target: Path) -> None:
+    """Make a hard link, or a copy if the file system has no links."""
+    try:
+        os.link(source, target)
+    except OSError as error:
+        if error.errno in atomic.FULL:
+            raise
+        shutil.copy2(source, target)
+
+
+def list_names(names: Iterable[str], most: int = 20) -> str:
+    """The first `most` names in sorted order, and the number of the others, as text."""
+    names = sorted(names)
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -1,0 +1,79 @@
+"""Count the records that cannot be used as they are: for training, and for `tinyllava data check`."""
+
+from typing import Any
+
+from tinyllava.data.sample import SampleError
+from tinyllava.errors import UserError
+
+FIRST_IDS = 10  # ids that are kept of each kind
+SHORTENED = "shortened"  # a record of this kind is still used, without its last rounds
+
+
+class BadRecords:
+    """Bad records by kind: their number, the first ids, and what is wrong with each of these first records."""
+
+    def __init__(self) -> None:
+        self._kinds: dict[str, dict[str, Any]] = {}
+        self._texts: dict[str, list[str]] = {}
+
+    def __len__(self) -> int:
+        return sum(entry["count"] for entry in self._kinds.values())
+
+    def add(self, kind: str, identity: str, text: str) -> None:
+        """Count one record."""
+        entry = self._kinds.setdefault(kind, {"count": 0, "ids": [], "first": text})
+        entry["count"] += 1
+        if len(entry["ids"]) < FIRST_IDS:
+            entry["ids"].append(identity)
+            self._texts.setdefault(kind, []).append(text)
+
+    def to_dict(self) -> dict[str, dict[str, Any]]:
+        """{kind: {"count", "ids": the first ten, "first": what is wrong with the first}}, as in run.json.
+
+        It is not a copy: the counts of a stream grow while it is read, and the record of the run must show the latest.
+        """
+        return self._kinds
+
+    def count_kinds(self) -> dict[str, int]:
+        """Records of each kind, most frequent first."""
+        counts = {kind: entry["count"] for kind, entry in self._kinds.items()}
+        return dict(sorted(counts.items(), key=lambda item: -item[1]))
+
+    def list_first(self, kind: str) -> list[tuple[str, str]]:
+        """(id, what is wrong) of the first records of a kind."""
+        return list(zip(self._kinds[kind]["ids"], self._texts[kind], strict=True))
+
+    def refuse(self, records: int, source: str) -> None:
+        """Raise UserError if any of the `records` records is bad. Shortened records are not bad.
+
+        source: what the message tells the user to give to `tinyllava data check`.
+        """
+        counts = {kind: count for kind, count in self.count_kinds().items() if kind != SHORTENED}
+        if not counts:
+            return
+        kinds = "; ".join(f"{count} {kind} ({self._format_ids(kind)})" for kind, count in counts.items())
+        worst = self._kinds[next(iter(counts))]
+        raise UserError(
+            f"{sum(counts.values())} of {records} records cannot be used: {kinds}. "
+            f"{worst['ids'][0]}: {worst['first']}.\n"
+            f"Run `tinyllava data check {source}` to see all, or set `on_bad_sample: skip`."
+        )
+
+    def _format_ids(self, kind: str, number: int = 3) -> str:
+        entry = self._kinds[kind]
+        return ", ".join(entry["ids"][:number]) + (", ..." if entry["count"] > number else "")
+
+
+class WorkerError(UserError):
+    """A UserError inside a DataLoader worker.
+
+    torch raises it again in the main process as `Class(text of the traceback)`. Only the message is kept of that text.
+    """
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text.rsplit("WorkerError: ", 1)[-1].strip())
+
+
+def describe_bad_record(identity: str, error: SampleError) -> str:
+    """The message for one record that is found to be bad while it is loaded."""
+    return f"record {identity}: {error.text}. Repair it, or set `on_bad_sample: skip`."

@@ -1,0 +1,114 @@
+"""Find the end of an answer, decode its ids, and stream ids while a thread generates them."""
+
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
+
+from tinyllava.model.vlm import VLM
+
+
+class AnswerReader(NamedTuple):
+    """Decodes answers from token ids."""
+
+    tokenizer: Any
+    end_ids: frozenset[int]  # any of them ends an answer: the LLM's, the tokenizer's and the template's
+    end_text: str  # the template's end of turn if it is not one token (a line break), else empty
+
+    @classmethod
+    def from_vlm(cls, vlm: VLM) -> "AnswerReader":
+        """The reader for the answers of a model."""
+        tokenizer, eos = vlm.tokenizer, vlm.model.generation_config.eos_token_id
+        ids = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
+        end = vlm.template.get_end_of_turn(tokenizer)
+        if end in tokenizer.get_added_vocab():
+            return cls(tokenizer, frozenset({*ids, tokenizer.convert_tokens_to_ids(end)}), "")
+        return cls(tokenizer, frozenset(ids), end)
+
+    def has_ended(self, ids: list[int]) -> bool:
+        """Whether the last of these ids ends the answer."""
+        if ids[-1] in self.end_ids or not self.end_text:
+            return ids[-1] in self.end_ids
+        tail = ids[-4 * len(self.end_text) :]  # a character has up to four bytes, and each can be a token
+        return self.end_text in self.tokenizer.decode(tail, clean_up_tokenization_spaces=False)
+
+    def decode(self, ids: list[int]) -> str:
+        """The answer up to its end, without spaces around it."""
+        end = next((at for at, token in enumerate(ids) if token in self.end_ids), len(ids))
+        text = self.tokenizer.decode(ids[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return (text.partition(self.end_text)[0] if self.end_text else text).strip()
+
+    def decode_settled(self, ids: list[int]) -> str:
+        """The text so far, without an end that the next token may change: half a character, a part of `end_text`."""
+        text = self.decode(ids).rstrip("\ufffd")
+        # How many characters at the end of the text may be the start of `end_text`, the most first.
+        sizes = (size for size in range(len(self.end_text) - 1, 0, -1) if text.endswith(self.end_text[:size]))
+        return text[: len(text) - next(sizes, 0)].rstrip()
+
+    def stream_text(self, tokens: Iterator[int]) -> Iterator[str]:
+        """The answer in pieces while its ids arrive. Joined, the pieces are what `decode` returns."""
+        ids: list[int] = []
+        sent = ""
+        for token in tokens:
+            ids.append(token)
+            text = self.decode_settled(ids)
+            if len(text) > len(sent) and text.startswith(sent):
+                yield text[len(sent) :]
+                sent = text
+        if rest := self.decode(ids)[len(sent) :]:
+            yield rest
+
+
+def stream_ids(generate: Callable[..., Any]) -> Iterator[int]:
+    """The new ids of one row, while a thread runs `generate(streamer=..., stopping_criteria=...)`.
+
+    An error in the thread is raised here. Closing the iterator stops the thread after the current token.
+    """
+    ids: queue.SimpleQueue[int | None] = queue.SimpleQueue()
+    is_closed = threading.Event()
+
+    def work() -> None:
+        try:
+            generate(streamer=_QueueStreamer(ids), stopping_criteria=StoppingCriteriaList([_StopWhenClosed(is_closed)]))
+        finally:
+            ids.put(None)
+
+    with ThreadPoolExecutor(1) as thread:
+        done = thread.submit(work)
+        try:
+            while (token := ids.get()) is not None:
+                yield token
+            done.result()
+        finally:
+            is_closed.set()
+
+
+class _QueueStreamer(BaseStreamer):
+    """Receives the output of transformers' `generate`: the prompt, then one id at a time."""
+
+    def __init__(self, ids: queue.SimpleQueue) -> None:
+        self.ids, self.is_prompt = ids, True
+
+    def put(self, value: Tensor) -> None:
+        if not self.is_prompt:
+            self.ids.put(int(value[0]))
+        self.is_prompt = False
+
+    def end(self) -> None:
+        """Do nothing: `generate` may still raise an error, so `work` marks the end."""
+
+
+class _StopWhenClosed(StoppingCriteria):
+    """Stops generation when its reader has closed the iterator."""
+
+    def __init__(self, is_closed: threading.Event) -> None:
+        self.is_closed = is_closed
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
+        return torch.full((len(input_ids),), self.is_closed.is_set(), dtype=torch.bool, device=input_ids.device)

@@ -1,0 +1,83 @@
+"""Feed the micro-batches of a plan to torch's DataLoader, for data with known lengths and for streams."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
+
+from tinyllava.data.dataset import SupervisedDataset
+from tinyllava.data.labels import IGNORE
+from tinyllava.data.streaming import StreamingDataset
+from tinyllava.train.plan import Entry, Plan
+
+
+class PlannedBatches:
+    """A plan as the batch sampler of a DataLoader: one rank's micro-batches of the current epoch."""
+
+    def __init__(self, plan: Plan, rank: int = 0) -> None:
+        self.plan, self.rank, self.epoch = plan, rank, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by the Trainer, through the loader, at the start of each epoch."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[list[Entry]]:
+        return self.plan.iterate_epoch(self.epoch, self.rank)
+
+    def __len__(self) -> int:
+        return self.plan.batches_per_epoch
+
+
+class PlannedLoader(DataLoader):
+    """A DataLoader that tells its batch sampler which epoch it is."""
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by the Trainer at the start of each epoch."""
+        self.batch_sampler.set_epoch(epoch)
+
+
+class PlannedDataset(torch.utils.data.Dataset):
+    """A dataset that is indexed by the entries of a plan. A filler is a sample with nothing supervised."""
+
+    def __init__(self, dataset: SupervisedDataset) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, entry: Entry) -> dict[str, Any]:
+        item = self.dataset[entry.sample]
+        if entry.is_filler:
+            item["labels"] = torch.full_like(item["labels"], IGNORE)
+        return item
+
+
+class PlannedStream(IterableDataset):
+    """A stream planned in windows of one optimiser step. Every rank reads all of it and takes its own micro-batches."""
+
+    def __init__(
+        self,
+        dataset: StreamingDataset,
+        global_batch_size: int,
+        micro_batch_size: int,
+        world_size: int,
+        rank: int,
+        collate: Callable[[list[dict[str, Any]]], dict[str, Tensor]],
+    ) -> None:
+        self.dataset, self.rank, self.collate = dataset, rank, collate
+        self.global_batch_size, self.micro_batch_size, self.world_size = global_batch_size, micro_batch_size, world_size
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        size = self.global_batch_size
+        window: list[dict[str, Any]] = []
+        for item in self.dataset:
+            window.append(item)
+            # An incomplete last window is left out, because its ranks would have unequal shares.
+            if len(window) == size:
+                lengths = [len(sample["input_ids"]) for sample in window]
+                plan = Plan(lengths, size, self.micro_batch_size, self.world_size, order=range(size))
+                for batch in plan.iterate_epoch(0, self.rank):
+                    yield self.collate([window[entry.sample] for entry in batch])
+                window = []

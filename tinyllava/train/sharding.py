@@ -1,0 +1,20 @@
+"""Check before training that a stage needs nothing that sharded weights (ZeRO-3, FSDP) cannot do."""
+
+from collections.abc import Mapping
+
+from transformers import TrainingArguments
+
+from tinyllava.errors import UserError
+from tinyllava.tuning import Selection
+
+
+def check_sharding(selections: Mapping[str, Selection], args: TrainingArguments) -> None:
+    """Raise UserError for a tuning that cannot train sharded weights, if `args` shard them."""
+    zero3 = args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3
+    for part, selection in selections.items():
+        if selection.quantised and (zero3 or args.fsdp):
+            sharding = "ZeRO-3" if zero3 else "FSDP"
+            raise UserError(f"the {part} is quantised, and {sharding} cannot shard packed weights. Use zero2 or DDP.")
+        # A hook masks their gradient (train_rows), and FSDP replaces the parameters that have the hook.
+        if selection.rows and args.fsdp:
+            raise UserError(f"FSDP cannot train single rows of the {part}. Use zero2, zero3 or DDP.")
