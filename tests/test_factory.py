@@ -62,30 +62,38 @@ def test_a_connector_is_added_by_dropping_one_file(tmp_path: Path) -> None:
 
 OPENELM = {"model_type": "openelm", "model_dim": 32, "head_dim": 8, "num_transformer_layers": 2, "ffn_dim_divisor": 16}
 LOAD = """
-import sys
+import os, sys
 from pathlib import Path
 from transformers import AutoModelForImageTextToText
 import tinyllava.model.modeling
 from tinyllava.config import LLMSpec, VisionTowerSpec
 from tinyllava.model.parts import read_part_config
 
-def imported():
-    return sorted(name for name in sys.modules if name.startswith(("tinyllava.llms.", "tinyllava.vision_towers.")))
+PARTS = ("llms", "vision_towers", "connectors", "templates", "tuning")
 
-assert imported() == [], imported()
-what, folder = sys.argv[1:]
-if what == "auto":
-    model = AutoModelForImageTextToText.from_pretrained(folder).model
-    names = type(model.language_model).__name__, type(model.vision_tower).__name__
-    assert names == ("OpenELMModel", "Mof"), names
-elif what == "llm":
-    assert read_part_config("llm", LLMSpec(name=folder)).model_type == "openelm"
-elif what == "vision_tower":
-    assert read_part_config("vision_tower", VisionTowerSpec(name=folder)).model_type == "mof"
-else:
-    from tinyllava import checkpoint
-    assert checkpoint.load(folder).model.config.text_config.model_type == "openelm"
-print(imported())
+def list_imported():
+    return sorted(name for name in sys.modules if name.startswith(tuple(f"tinyllava.{part}." for part in PARTS)))
+
+def load(what, folder):
+    if what == "auto":
+        model = AutoModelForImageTextToText.from_pretrained(folder).model
+        names = type(model.language_model).__name__, type(model.vision_tower).__name__
+        assert names == ("OpenELMModel", "Mof"), names
+    elif what == "checkpoint":
+        from tinyllava import checkpoint
+        assert checkpoint.load(folder).model.config.text_config.model_type == "openelm"
+    elif what == "llm":
+        assert read_part_config("llm", LLMSpec(name=folder)).model_type == "openelm"
+    else:
+        assert read_part_config("vision_tower", VisionTowerSpec(name=folder)).model_type == "mof"
+
+assert list_imported() == [], list_imported()
+for what, folder in zip(sys.argv[1::2], sys.argv[2::2], strict=True):
+    if not (child := os.fork()):  # each loads in a process in which no part was imported before
+        load(what, folder)
+        print(what, *list_imported(), flush=True)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0, what
 """
 
 
@@ -101,14 +109,17 @@ def own_classes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {**whole, "llm": folder / "llm", "vision_tower": folder / "vision_tower"}
 
 
-@pytest.mark.parametrize("what", ["auto", "checkpoint", "llm", "vision_tower"])
-def test_a_file_is_imported_when_a_config_names_it_and_not_before(what: str, own_classes: dict[str, Path]) -> None:
+def test_a_file_is_imported_when_a_config_names_it_and_not_before(own_classes: dict[str, Path]) -> None:
     """The package's files for OpenELM and for mixtures register classes that transformers does not have."""
-    command = [sys.executable, "-c", LOAD, what, str(own_classes[what])]
-    done = subprocess.run(command, capture_output=True, text=True)
+    arguments = [str(each) for pair in own_classes.items() for each in pair]
+    done = subprocess.run([sys.executable, "-c", LOAD, *arguments], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert ("tinyllava.llms.openelm" in done.stdout) == (what != "vision_tower")
-    assert "tinyllava.llms.phi" not in done.stdout
+    imported = {line.split()[0]: line.split()[1:] for line in done.stdout.splitlines()}
+    assert set(imported) == {"auto", "checkpoint", "llm", "vision_tower"}
+    for what, modules in imported.items():
+        assert ("tinyllava.llms.openelm" in modules) == (what != "vision_tower"), what
+        assert ("tinyllava.vision_towers.mof" in modules) == (what != "llm"), what
+        assert "tinyllava.llms.phi" not in modules, what
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -131,14 +131,6 @@ def test_importing_the_package_and_its_command_line_is_light() -> None:
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
 
 
-def test_importing_the_model_imports_no_part() -> None:
-    """Only contracts are imported. A part's file is imported when a recipe or a config names it."""
-    code = "import sys, tinyllava.model.modeling\n"
-    code += f"print([name for name in sys.modules if name.startswith({tuple(f'tinyllava.{part}.' for part in PARTS)})])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.stdout.strip() == "[]", done.stdout + done.stderr
-
-
 def test_no_file_catches_everything() -> None:
     for path in FILES:
         for node in ast.walk(parse_file(path)):
