@@ -1,4 +1,6 @@
-"""Run the stages of a recipe: each starts from a model, tunes its three parts, reads its data, trains and saves.
+"""Run the stages of a recipe: each tunes a vision tower, a connector and an LLM, on its own data.
+
+A stage is: start from a model, select what is trained of its three parts, read the data, train, save.
 
     tinyllava train quickstart            # run(), below
     tinyllava look quickstart             # prepare_stage(), without weights
