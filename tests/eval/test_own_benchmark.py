@@ -99,6 +99,13 @@ def test_a_recipe_names_variants_as_the_command_line_does(desk: Path) -> None:
         find_task("my_benchmark")
 
 
+def test_a_class_that_leaves_out_a_part_of_the_contract_is_an_error(desk: Path, tinyllava) -> None:
+    head = "from tinyllava.eval import benchmarks\n\n\nclass Empty(benchmarks.Benchmark):\n    title = 'Empty'\n"
+    Path("unfinished.py").write_text(head)
+    words = "benchmark unfinished:Empty does not define scorer, questions"
+    assert_refused(tinyllava("score", "unfinished:Empty", *DATA, "--answers", "x"), words)
+
+
 def test_a_directory_without_questions_is_an_error(desk: Path, tinyllava) -> None:
     checkpoint.save(tiny_session().vlm, desk / "model")
     words = "my_benchmark:Colours has no questions: nothing was found in nowhere. Check --data."

@@ -43,7 +43,7 @@ def test_a_resumed_run_reads_as_an_undisturbed_one(tmp_path: Path, args: Trainin
     train_with(RunLog(killed), args, 0, 10)
     with (killed / "metrics.jsonl").open("a") as file:
         file.write('{"step": 12, "lo')  # torn by the kill
-    train_with(RunLog(killed), args, 8, 16)  # goes on from its last save
+    train_with(RunLog(killed), args, 8, 16)  # resumes from its last save
 
     ours, expected = read_metrics(killed / "metrics.jsonl"), read_metrics(whole / "metrics.jsonl")
     assert [{**line, "time": 0} for line in ours] == [{**line, "time": 0} for line in expected]

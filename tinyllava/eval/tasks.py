@@ -80,7 +80,15 @@ def resolve_benchmark(name: str) -> tuple[type[Benchmark], dict[str, Any]]:
     benchmark, options = Factory("benchmarks").resolve(name, {})
     if not (isinstance(benchmark, type) and issubclass(benchmark, Benchmark)):
         raise UserError(f"{name} is not a benchmark: its class must inherit from tinyllava.eval.benchmarks.Benchmark.")
+    missing = [each for each in ("title", "scorer", "questions") if not _defines(benchmark, each)]
+    if missing:
+        raise UserError(f"benchmark {name} does not define {', '.join(missing)}: see docs/add-your-own-benchmark.md.")
     return benchmark, options
+
+
+def _defines(benchmark: type[Benchmark], attribute: str) -> bool:
+    """Whether a class, or one that it inherits from, gives what the contract leaves open."""
+    return any(attribute in each.__dict__ for each in benchmark.__mro__ if each is not Benchmark)
 
 
 def find_tasks(names: list[str]) -> list[Task]:
