@@ -17,6 +17,7 @@ from rich.text import Text
 
 from tinyllava.checkpoint.adapter import has_adapter
 from tinyllava.checkpoint.layout import explain_not_plain
+from tinyllava.commands.parts_table import make_parts_table
 from tinyllava.commands.render import colour_tokens, draw_histogram
 from tinyllava.commands.stand_ins import make_stand_ins
 from tinyllava.config import Recipe
@@ -24,7 +25,6 @@ from tinyllava.data.labels import IGNORE
 from tinyllava.data.streaming import StreamingDataset
 from tinyllava.data.template import image_token_id
 from tinyllava.data.tiles import count_image_tokens
-from tinyllava.train.parts_table import make_parts_table
 from tinyllava.train.plan import Plan
 from tinyllava.train.stage import StageSetup, prepare_stage
 
