@@ -78,8 +78,8 @@ class SupervisedDataset(torch.utils.data.Dataset):
         return read_column(self.rows, "supervised")[self.index]
 
     @property
-    def ids(self) -> list[str]:
-        return self.rows.data.column("id").take(self.index).to_pylist()  # read from the mapped file at each call
+    def ids(self) -> Sequence[str]:
+        return _Ids(self)
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in self.__dict__.items() if key not in ("lengths", "supervised")}
@@ -138,6 +138,21 @@ class SupervisedDataset(torch.utils.data.Dataset):
                 images.append(make_blank_image())
                 first_error = first_error or error
         return images, first_error
+
+
+class _Ids(Sequence):
+    """Record ids, read from the mapped file only when one is needed."""
+
+    def __init__(self, dataset: SupervisedDataset) -> None:
+        self.column, self.index = dataset.rows.data.column("id"), dataset.index
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __getitem__(self, i: int | slice) -> Any:
+        if isinstance(i, slice):
+            return [self[j] for j in range(*i.indices(len(self)))]
+        return self.column[int(self.index[i])].as_py()
 
 
 def build_dataset(specs: Sequence[DataSpec], options: DataOptions) -> "SupervisedDataset | StreamingDataset":
