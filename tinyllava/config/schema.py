@@ -48,44 +48,40 @@ class TokenizerSpec(StrictModel):
     vocab_size: int = 2048
 
 
-class PartSpec(StrictModel):
-    """A part: its Hub id or local path (`name`), or the config of one with random weights (`config`)."""
+class LLMSpec(StrictModel):
+    """An LLM: its Hub id or local path (`name`), or the config of one with random weights (`config`)."""
 
     name: str | None = None
     config: dict[str, Any] | None = None
-    family: str | None = None  # your own file of its family: my_pkg.my_module:LLM or :VisionTower
-
-    @model_validator(mode="after")
-    def _check_source(self) -> "PartSpec":
-        if (self.name is None) == (self.config is None):
-            raise ValueError("give either `name` (a Hub id or a local path) or `config` (random weights)")
-        return self
-
-
-class LLMSpec(PartSpec):
-    """An LLM."""
-
     tokenizer: str | TokenizerSpec | None = None  # default: the LLM's own
+    family: str | None = None  # your own llms/ file: my_pkg.my_module:LLM
     attn_implementation: str | None = None
 
     @model_validator(mode="after")
-    def _check_tokenizer(self) -> "LLMSpec":
+    def _check_source(self) -> "LLMSpec":
+        if (self.name is None) == (self.config is None):
+            raise ValueError("give either `name` (a Hub id or a local path) or `config` (random weights)")
         if self.config is not None and self.tokenizer is None:
             raise ValueError("an LLM from `config` requires `tokenizer`: a path, or {vocab_size: N} to train one")
         return self
 
 
-class VisionTowerSpec(PartSpec):
-    """A vision tower."""
+class VisionTowerSpec(StrictModel):
+    """A vision tower: its Hub id or local path (`name`), or the config of one with random weights (`config`)."""
 
+    name: str | None = None
+    config: dict[str, Any] | None = None
     feature_layer: int | list[int] = -2
     feature_strategy: Literal["patch", "cls_patch"] = "patch"
+    family: str | None = None  # your own vision_towers/ file: my_pkg.my_module:VisionTower
     image_aspect: Literal["processor", "square", "pad", "crop"] = "processor"
     image_processor: str | None = None  # a preprocessor_config.json, or your own class: my_pkg.my_module:Name
     tiles: int | None = Field(None, ge=2)  # any-resolution: the maximum number of tiles, the thumbnail not counted
 
     @model_validator(mode="after")
-    def _check_aspect(self) -> "VisionTowerSpec":
+    def _check_source(self) -> "VisionTowerSpec":
+        if (self.name is None) == (self.config is None):
+            raise ValueError("give either `name` (a Hub id or a local path) or `config` (random weights)")
         if ":" in (self.image_processor or "") and self.image_aspect != "processor":
             raise ValueError("your own `image_processor` sets the aspect: remove `image_aspect`")
         return self
