@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -72,10 +71,10 @@ def _write_shards(state: Mapping[str, Tensor], stem: str, directory: Path) -> li
 
 def read_weight_names(file: Path) -> tuple[list[str], int]:
     """The names of the weights in a safetensors file, and their bytes."""
-    with safe_open(file, framework="pt") as weights:
-        names = list(weights.keys())
-    with file.open("rb") as raw:  # eight bytes with the header's length, the header, the weights
-        return names, file.stat().st_size - 8 - int.from_bytes(raw.read(8), "little")
+    with file.open("rb") as raw:  # eight bytes with the header's length, the header (JSON), the weights
+        length = int.from_bytes(raw.read(8), "little")
+        names = json.loads(raw.read(length)).keys() - {"__metadata__"}
+    return sorted(names), file.stat().st_size - 8 - length
 
 
 def find_part_files(directory: Path) -> dict[str, list[Path]]:
