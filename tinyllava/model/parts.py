@@ -19,7 +19,7 @@ from tinyllava.config import PART_TITLES, LLMSpec, ModelSpec, TokenizerSpec, Vis
 from tinyllava.errors import UserError
 from tinyllava.factory import Factory, suggest_nearest
 from tinyllava.model import gguf
-from tinyllava.vision_towers import get_family_name, import_tower, is_composite, join_tower_configs, split_tower_name
+from tinyllava.vision_towers import get_family_name, import_tower, join_tower_configs, split_tower_name
 
 logger = logging.getLogger("tinyllava")
 FAMILIES = {"llm": "llms", "vision_tower": "vision_towers"}
@@ -96,7 +96,7 @@ def load_part(
         initialize = getattr(Factory(FAMILIES[part]).get(spec.family), "initialize", None) if spec.family else None
         if initialize and not empty:
             initialize(model)
-    elif part == "vision_tower" and is_composite(spec.name):
+    elif part == "vision_tower" and len(split_tower_name(spec.name)) > 1:
         with torch.device("meta"):
             model = auto.from_config(config, **kwargs)
         model.load_members(split_tower_name(spec.name), load)
