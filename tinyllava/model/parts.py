@@ -131,15 +131,9 @@ def fit_vocabulary(
     config: PreTrainedConfig, tokenizer: PreTrainedTokenizerFast, stated: dict[str, Any]
 ) -> PreTrainedConfig:
     """Set a config's vocabulary size and special ids to those of the tokenizer, unless the recipe states them."""
-    fields = {
-        "vocab_size": len(tokenizer),
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
-    for name, value in fields.items():
-        if name not in stated:
-            setattr(config, name, value)
+    special_ids = ("bos_token_id", "eos_token_id", "pad_token_id")
+    fields = {"vocab_size": len(tokenizer), **{name: getattr(tokenizer, name) for name in special_ids}}
+    config.update({name: value for name, value in fields.items() if name not in stated})
     return config
 
 
