@@ -10,11 +10,13 @@ Shapes: B rows, L positions, S new columns, D width of the LLM, V vocabulary.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from tinyllava.infer.image_encoder import ImageEncoder, PromptSlice
@@ -39,19 +41,19 @@ def make_padding_mask(lengths: Sequence[int]) -> Tensor:
     return (columns >= len(columns) - torch.tensor(lengths)[:, None]).long()
 
 
+@dataclass(eq=False)
 class Engine:
     """Runs the LLM of a model. It holds the lock `busy` while the model computes, and releases it between steps."""
 
-    def __init__(
-        self,
-        model: TinyLlavaForConditionalGeneration,
-        images: ImageEncoder,
-        pad_id: int,
-        busy: AbstractContextManager,
-    ) -> None:
-        self.model, self.images = model, images
-        self.pad_id, self.busy = pad_id, busy
-        self.llm = model.model.language_model
+    model: TinyLlavaForConditionalGeneration
+    images: ImageEncoder
+    pad_id: int
+    busy: AbstractContextManager
+
+    @property
+    def llm(self) -> PreTrainedModel:
+        """The LLM without its head."""
+        return self.model.model.language_model
 
     @cached_property
     def position_bytes(self) -> int | None:
