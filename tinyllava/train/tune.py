@@ -125,9 +125,8 @@ def get_tunable_part(model: TinyLlavaForConditionalGeneration, part: str) -> Tun
     if part == "vision_tower":
         used = model.model.find_used_tower_parameters()
         names = [name for name in names if name in used]
-    new_rows = {}
-    if part == "llm" and model.config.new_tokens:
-        new_rows = {f"{model.get_embeddings_name()}.weight": model.config.new_tokens}
+    new_tokens = model.config.new_tokens if part == "llm" else None
+    new_rows = {f"{model.get_embeddings_name()}.weight": new_tokens} if new_tokens else {}
     return TunablePart(name=part, module=module, blocks=find_blocks(module), parameters=names, new_rows=new_rows)
 
 
