@@ -24,7 +24,6 @@ from tinyllava.factory import suggest_nearest
 from tinyllava.model.configuration import TinyLlavaConfig
 from tinyllava.model.image_processor import load_trusted_class
 from tinyllava.model.modeling import TinyLlavaForConditionalGeneration
-from tinyllava.model.modules import replace_module
 from tinyllava.model.parts import silence_transformers
 from tinyllava.model.processor import build_processor
 from tinyllava.model.quantise import is_quantised
@@ -61,7 +60,7 @@ def load(
     for name, module in list(model.named_modules()):
         # peft keeps a copy of the connector from the adapter. Its weights are the same as in the base.
         if isinstance(module, ModulesToSaveWrapper):
-            replace_module(model, name, module.modules_to_save["default"])
+            model.set_submodule(name, module.modules_to_save["default"])
 
     tokenizer, chat_template = plain_processor.tokenizer, plain_processor.chat_template
     template = _read_template(record)

@@ -20,7 +20,7 @@ from rich.table import Table
 
 from tinyllava.config import DataSpec, Recipe, load_recipe
 from tinyllava.console import messages
-from tinyllava.data.bad_records import SHORTENED, BadRecords
+from tinyllava.data.bad_records import FIRST_IDS, SHORTENED, BadRecords
 from tinyllava.data.encode import Encoder
 from tinyllava.data.images import Reference, is_file_reference, open_image
 from tinyllava.data.options import DataOptions
@@ -47,6 +47,24 @@ FEW = 64  # images; fewer per process are not worth its start
 WINDOW = 4096  # images that are sent to the processes at a time, because images inside records take memory
 
 
+class ExplainedRecords(BadRecords):
+    """Bad records with what is wrong with each of the first ones, not only with the very first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.texts: dict[str, list[str]] = {}
+
+    def add(self, kind: str, identity: str, text: str) -> None:
+        """Count one record."""
+        super().add(kind, identity, text)
+        if len(self.texts.setdefault(kind, [])) < FIRST_IDS:
+            self.texts[kind].append(text)
+
+    def list_first(self, kind: str) -> list[tuple[str, str]]:
+        """(id, what is wrong) of the first records of a kind."""
+        return list(zip(self.to_dict()[kind]["ids"], self.texts[kind], strict=True))
+
+
 @dataclass
 class DataReport:
     """The numbers of what was read, and the bad records."""
@@ -54,7 +72,7 @@ class DataReport:
     records: int = 0
     images: int = 0
     text_only: int = 0
-    bad_records: BadRecords = field(default_factory=BadRecords)
+    bad_records: ExplainedRecords = field(default_factory=ExplainedRecords)
 
     @property
     def is_ok(self) -> bool:

@@ -15,24 +15,12 @@ import numpy as np
 import torch
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    LlamaForCausalLM,
-    LlamaModel,
-    LlamaPreTrainedModel,
-    PreTrainedConfig,
-)
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.llama.modeling_llama import (
-    LlamaRMSNorm,
-    apply_rotary_pos_emb,
-    eager_attention_forward,
-)
+from transformers.models.llama import modeling_llama as llama
 
 from tinyllava.errors import UserError
 
@@ -147,8 +135,8 @@ class OpenELMAttention(nn.Module):
         self.qkv_proj = nn.Linear(config.model_dim, sum(self.heads) * self.head_dim, bias=False)
         self.out_proj = nn.Linear(queries * self.head_dim, config.model_dim, bias=False)
         normalized = config.normalize_qk_projections
-        self.q_norm = LlamaRMSNorm(self.head_dim) if normalized else nn.Identity()
-        self.k_norm = LlamaRMSNorm(self.head_dim) if normalized else nn.Identity()
+        self.q_norm = llama.LlamaRMSNorm(self.head_dim) if normalized else nn.Identity()
+        self.k_norm = llama.LlamaRMSNorm(self.head_dim) if normalized else nn.Identity()
 
     def forward(
         self,
@@ -162,11 +150,11 @@ class OpenELMAttention(nn.Module):
         shape = hidden_states.shape[:-1]
         heads = self.qkv_proj(hidden_states).view(*shape, -1, self.head_dim).transpose(1, 2)  # [B, H, L, E]
         query, key, value = heads.split(self.heads, dim=1)
-        rotated = apply_rotary_pos_emb(self.q_norm(query), self.k_norm(key), *position_embeddings)
+        rotated = llama.apply_rotary_pos_emb(self.q_norm(query), self.k_norm(key), *position_embeddings)
         query, key = (states.to(value.dtype) for states in rotated)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, llama.eager_attention_forward)
         output, weights = attend(
             self, query, key, value, attention_mask, dropout=0.0, scaling=self.head_dim**-0.5, **kwargs
         )
@@ -198,9 +186,9 @@ class OpenELMLayer(GradientCheckpointingLayer):
 
     def __init__(self, config: OpenELMConfig, layer_idx: int):
         super().__init__()
-        self.attn_norm = LlamaRMSNorm(config.model_dim)
+        self.attn_norm = llama.LlamaRMSNorm(config.model_dim)
         self.attn = OpenELMAttention(config, layer_idx)
-        self.ffn_norm = LlamaRMSNorm(config.model_dim)
+        self.ffn_norm = llama.LlamaRMSNorm(config.model_dim)
         self.ffn = OpenELMFFN(config, layer_idx)
 
     def forward(self, hidden_states: Tensor, **kwargs: object) -> Tensor:
@@ -209,7 +197,7 @@ class OpenELMLayer(GradientCheckpointingLayer):
         return hidden_states + self.ffn(self.ffn_norm(hidden_states))
 
 
-class OpenELMPreTrainedModel(LlamaPreTrainedModel):
+class OpenELMPreTrainedModel(llama.LlamaPreTrainedModel):
     """What transformers must know about the family."""
 
     config: OpenELMConfig
@@ -219,14 +207,14 @@ class OpenELMPreTrainedModel(LlamaPreTrainedModel):
     _can_record_outputs = {"hidden_states": OpenELMLayer, "attentions": OpenELMAttention}  # noqa: RUF012
 
 
-class OpenELMModel(OpenELMPreTrainedModel, LlamaModel):
+class OpenELMModel(OpenELMPreTrainedModel, llama.LlamaModel):
     """The LLM without its head: Llama's forward through OpenELM's layers."""
 
     def __init__(self, config: OpenELMConfig):
         OpenELMPreTrainedModel.__init__(self, config)
         self.token_embeddings = nn.Embedding(config.vocab_size, config.model_dim)
         self.layers = nn.ModuleList(OpenELMLayer(config, number) for number in range(config.num_transformer_layers))
-        self.norm = LlamaRMSNorm(config.model_dim)
+        self.norm = llama.LlamaRMSNorm(config.model_dim)
         self.rotary_emb = OpenELMRotaryEmbedding(config)
         self.gradient_checkpointing = False
         self.post_init()
@@ -237,7 +225,7 @@ class OpenELMModel(OpenELMPreTrainedModel, LlamaModel):
         return self.token_embeddings
 
 
-class OpenELMForCausalLM(OpenELMPreTrainedModel, LlamaForCausalLM):
+class OpenELMForCausalLM(OpenELMPreTrainedModel, llama.LlamaForCausalLM):
     """The LLM with its head. With `share_input_output_layers`, the head is the embedding table."""
 
     _tied_weights_keys = {"lm_head.weight": "transformer.token_embeddings.weight"}  # noqa: RUF012

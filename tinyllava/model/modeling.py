@@ -22,12 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, LlavaForConditionalGeneration
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.models.llava.modeling_llava import (
-    LlavaCausalLMOutputWithPast,
-    LlavaModel,
-    LlavaModelOutputWithPast,
-    LlavaPreTrainedModel,
-)
+from transformers.models.llava import modeling_llava as llava
 
 from tinyllava.data.labels import IGNORE
 from tinyllava.data.tiles import Grid, count_views, order_tokens
@@ -35,7 +30,6 @@ from tinyllava.errors import UserError
 from tinyllava.factory import Factory, check_trusted
 from tinyllava.model.configuration import TinyLlavaConfig
 from tinyllava.model.tower import compute_states
-from tinyllava.vision_towers import make_size_options
 
 # Supervised positions whose logits exist at the same time: 4096 x 256k x 4 bytes = 4 GB for Gemma's vocabulary.
 LOSS_CHUNK = 4096
@@ -69,13 +63,13 @@ def make_connector(config: TinyLlavaConfig) -> nn.Module:
     return module
 
 
-class TinyLlavaModel(LlavaModel):
+class TinyLlavaModel(llava.LlavaModel):
     """Vision tower, connector (under Llava's name, multi_modal_projector) and language model without its head."""
 
     config: TinyLlavaConfig
 
     def __init__(self, config: TinyLlavaConfig) -> None:
-        LlavaPreTrainedModel.__init__(self, config)
+        llava.LlavaPreTrainedModel.__init__(self, config)
         self.vision_tower = AutoModel.from_config(config.vision_config)
         self.multi_modal_projector = make_connector(config)
         self.language_model = AutoModel.from_config(config.text_config)
@@ -89,9 +83,8 @@ class TinyLlavaModel(LlavaModel):
         with torch.device("meta"):
             copy_ = AutoModel.from_config(copy.deepcopy(self.config.vision_config))
             pixels = torch.zeros(1, 3, self.config.image_size, self.config.image_size)
-        options = make_size_options(self.config.vision_config, pixels)
-        states = copy_(pixels, output_hidden_states=True, **options).hidden_states
-        sum(states[index].sum() for index in self._get_layer_indices()).backward()
+        states = compute_states(copy_, pixels, self._get_layer_indices(), whole=True)
+        sum(state.sum() for state in states).backward()
         return {name for name, parameter in copy_.named_parameters() if parameter.grad is not None}
 
     def _get_layer_indices(self) -> list[int]:
@@ -173,7 +166,7 @@ class TinyLlavaModel(LlavaModel):
         inputs_embeds: Tensor | None = None,
         image_grids: Tensor | None = None,
         **kwargs: object,
-    ) -> LlavaModelOutputWithPast:
+    ) -> llava.LlavaModelOutputWithPast:
         """Llava's forward. A training batch without images keeps tower and connector in the autograd graph."""
         training = self.training and torch.is_grad_enabled()
         if pixel_values is None and input_ids is not None and (training or is_sharded(self)):
@@ -204,7 +197,7 @@ class TinyLlavaForConditionalGeneration(LlavaForConditionalGeneration):
     config: TinyLlavaConfig
 
     def __init__(self, config: TinyLlavaConfig) -> None:
-        LlavaPreTrainedModel.__init__(self, config)
+        llava.LlavaPreTrainedModel.__init__(self, config)
         self.model = TinyLlavaModel(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=config.head_bias)
         self._tied_weights_keys = {"lm_head.weight": f"model.language_model.{self.get_embeddings_name()}.weight"}
@@ -238,7 +231,7 @@ class TinyLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         image_grids: Tensor | None = None,
         mm_encoder_outputs: dict | None = None,  # named, so that `generate` encodes images once, and beams repeat them
         **kwargs: object,
-    ) -> LlavaCausalLMOutputWithPast:
+    ) -> llava.LlavaCausalLMOutputWithPast:
         """Logits [B, L or kept, V]; or, with labels [B, L], the mean loss per supervised token and no logits.
 
         num_items_in_batch: supervised tokens of the whole global batch, over which the mean is taken.
@@ -256,7 +249,7 @@ class TinyLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         else:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.compute_logits(hidden[:, kept])
-        return LlavaCausalLMOutputWithPast(loss=loss, logits=logits, **others)
+        return llava.LlavaCausalLMOutputWithPast(loss=loss, logits=logits, **others)
 
     def compute_supervised_loss(self, hidden: Tensor, labels: Tensor, num_items: Tensor | int | None = None) -> Tensor:
         """Cross entropy of the next token over supervised positions: [B, L, D], [B, L] -> scalar, in fp32.

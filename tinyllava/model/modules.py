@@ -1,4 +1,4 @@
-"""Find the repeated layers of a part by name, and replace a module by another."""
+"""Find the repeated layers of a part by name."""
 
 from itertools import zip_longest
 
@@ -25,9 +25,3 @@ def find_blocks(module: nn.Module) -> list[str]:
         return []
     name, blocks = max(lists, key=lambda item: len(item[1]))
     return [f"{name}.{index}" for index in range(len(blocks))]
-
-
-def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Put `module` in the place called `name`."""
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)

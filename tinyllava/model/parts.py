@@ -19,7 +19,7 @@ from tinyllava.config import PART_TITLES, LLMSpec, ModelSpec, TokenizerSpec, Vis
 from tinyllava.errors import UserError
 from tinyllava.factory import Factory, suggest_nearest
 from tinyllava.model import gguf
-from tinyllava.vision_towers import get_family_name, import_tower, is_composite, join_tower_configs, split_tower_name
+from tinyllava.vision_towers import get_family_name, import_tower, join_tower_configs, split_tower_name
 
 logger = logging.getLogger("tinyllava")
 FAMILIES = {"llm": "llms", "vision_tower": "vision_towers"}
@@ -96,7 +96,7 @@ def load_part(
         initialize = getattr(Factory(FAMILIES[part]).get(spec.family), "initialize", None) if spec.family else None
         if initialize and not empty:
             initialize(model)
-    elif part == "vision_tower" and is_composite(spec.name):
+    elif part == "vision_tower" and len(split_tower_name(spec.name)) > 1:
         with torch.device("meta"):
             model = auto.from_config(config, **kwargs)
         model.load_members(split_tower_name(spec.name), load)
@@ -131,15 +131,9 @@ def fit_vocabulary(
     config: PreTrainedConfig, tokenizer: PreTrainedTokenizerFast, stated: dict[str, Any]
 ) -> PreTrainedConfig:
     """Set a config's vocabulary size and special ids to those of the tokenizer, unless the recipe states them."""
-    fields = {
-        "vocab_size": len(tokenizer),
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
-    for name, value in fields.items():
-        if name not in stated:
-            setattr(config, name, value)
+    special_ids = ("bos_token_id", "eos_token_id", "pad_token_id")
+    fields = {"vocab_size": len(tokenizer), **{name: getattr(tokenizer, name) for name in special_ids}}
+    config.update({name: value for name, value in fields.items() if name not in stated})
     return config
 
 

@@ -129,14 +129,9 @@ class TinyLlavaProcessor(LlavaProcessor):
 
     def to_plain(self) -> LlavaProcessor:
         """This processor as transformers' own class, for checkpoints that are plain llava."""
-        return LlavaProcessor(
-            image_processor=self.image_processor,
-            tokenizer=self.tokenizer,
-            patch_size=self.patch_size,
-            vision_feature_select_strategy=self.vision_feature_select_strategy,
-            num_additional_image_tokens=self.num_additional_image_tokens,
-            chat_template=self.chat_template,
-        )
+        names = ("image_processor", "tokenizer", "patch_size", "vision_feature_select_strategy")
+        names += ("num_additional_image_tokens", "chat_template")
+        return LlavaProcessor(**{name: getattr(self, name) for name in names})
 
 
 def build_processor(

@@ -15,7 +15,6 @@ from torch import nn
 from tinyllava.console import messages
 from tinyllava.errors import UserError
 from tinyllava.model.modeling import TinyLlavaForConditionalGeneration
-from tinyllava.model.modules import replace_module
 
 WEIGHTS_PER_SECOND = 30_000_000  # the speed of one CPU core: a progress bar is shown if it takes over two seconds
 
@@ -42,7 +41,7 @@ def quantise(model: TinyLlavaForConditionalGeneration, layers: Mapping[str, Mapp
         packed.support_avx512bf16_for_cpu = False
         if layer.weight.device.type != "meta":
             packed = packed.to(device)
-        replace_module(model, name, packed.train(layer.training))
+        model.set_submodule(name, packed.train(layer.training))
     model.is_loaded_in_4bit = True  # peft and `num_parameters` look at it
 
 

@@ -8,6 +8,7 @@ tests/train/test_plan.py is the specification.
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -26,6 +27,7 @@ class Entry(NamedTuple):
     is_filler: bool = False
 
 
+@dataclass
 class Plan:
     """Which samples each rank runs in each micro-batch.
 
@@ -34,30 +36,23 @@ class Plan:
     debugging.
     """
 
-    def __init__(
-        self,
-        lengths: Sequence[int] | np.ndarray,
-        global_batch_size: int,
-        micro_batch_size: int,
-        world_size: int = 1,
-        seed: int = 0,
-        order: Sequence[int] | None = None,
-    ) -> None:
-        accumulation, rest = divmod(global_batch_size, world_size * micro_batch_size)
-        if rest or not accumulation:
+    lengths: Sequence[int] | np.ndarray
+    global_batch_size: int
+    micro_batch_size: int
+    world_size: int = 1
+    seed: int = 0
+    order: Sequence[int] | None = None
+
+    def __post_init__(self) -> None:
+        self.accumulation, rest = divmod(self.global_batch_size, self.world_size * self.micro_batch_size)
+        if rest or not self.accumulation:
             raise UserError(
-                f"global_batch_size {global_batch_size} is not a multiple of {world_size} device(s) x"
-                f" per_device_train_batch_size {micro_batch_size}. Change one of them."
+                f"global_batch_size {self.global_batch_size} is not a multiple of {self.world_size} device(s) x"
+                f" per_device_train_batch_size {self.micro_batch_size}. Change one of them."
             )
-        if not len(lengths):
+        if not len(self.lengths):
             raise UserError("there are no samples to train on.")
-        self.lengths = np.asarray(lengths)
-        self.global_batch_size = global_batch_size
-        self.micro_batch_size = micro_batch_size
-        self.world_size = world_size
-        self.accumulation = accumulation
-        self.seed = seed
-        self.order = order
+        self.lengths = np.asarray(self.lengths)
 
     @property
     def batches_per_epoch(self) -> int:

@@ -122,11 +122,6 @@ def join_tower_configs(name: str, members: list[Any]) -> Any:
     return family.join_configs(members) if family else members[0]
 
 
-def is_composite(name: str) -> bool:
-    """Whether `name` stands for a tower that is made of others."""
-    return _find_composite(name) is not None
-
-
 def _find_composite(name: str) -> Any:
     """The family of `FAMILY:A+B`, or None for any other name."""
     prefix, colon, _ = name.partition(":")
