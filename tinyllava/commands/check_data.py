@@ -41,6 +41,15 @@ KINDS = {
     "too_long": "too long, even its first round",
     "shortened": "too long: would lose its last rounds",
     "nothing_to_learn": "nothing to learn",
+    "contradiction": "says two different things",
+    "unsupported_video": "has a video",
+    "unsupported_audio": "has audio",
+    "unsupported_file": "has a file that is not an image",
+    "unsupported_tool": "uses tools",
+    "unsupported_preference": "preference data: chosen and rejected answers",
+    "unsupported_reasoning": "has reasoning beside an answer",
+    "unsupported_context": "has text beside its turns",
+    "unsupported_weight": "a weight or flag that cannot be honoured",
 }
 IMAGE_KINDS = ("missing_image", "unreadable_image")
 FEW = 64  # images; fewer per process are not worth its start
@@ -103,7 +112,8 @@ def check_recipe(recipe: Recipe) -> DataReport:
         options = make_data_options(recipe, stage, vlm)
         validation = stage.validation if isinstance(stage.validation, list) else []
         for spec in [*stage.data, *validation]:
-            key = (spec, options.template, options.max_length)  # the same key gives the same result
+            # The same key gives the same result.
+            key = (spec, options.template, options.max_length, options.supervised_turns)
             if key not in checked:
                 checked.append(key)
                 check_specs([spec], options, report=report)

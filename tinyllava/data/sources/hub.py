@@ -6,10 +6,8 @@ The columns decide the format of the records: `conversations` (and `image`) is L
 Hub's. Images may be paths, bytes or the Image feature. They stay encoded until a worker needs them.
 """
 
-import hashlib
 import re
 from pathlib import Path
-from typing import Any
 
 import datasets
 
@@ -90,13 +88,5 @@ def hash_records(records: datasets.Dataset) -> str:
     """A hash of the count, the columns and 32 records at each end: reading all records may take hours."""
     count = len(records)
     ends = [*range(min(HASHED, count)), *range(max(HASHED, count - HASHED), count)]
-    rows = (_to_hashable(records[row].to_pylist()[0]) for row in ends)
+    rows = (digest(records[row].to_pylist()[0]) for row in ends)
     return digest(count, sorted(records.column_names), *rows)
-
-
-def _to_hashable(value: Any) -> Any:
-    if isinstance(value, bytes):
-        return hashlib.sha256(value).hexdigest()
-    if isinstance(value, dict):
-        return {key: _to_hashable(item) for key, item in value.items()}
-    return [_to_hashable(item) for item in value] if isinstance(value, list) else value
