@@ -214,7 +214,7 @@ def test_a_record_of_which_nothing_is_learned_is_counted(build, write):
     data = build(write(records), on_bad_sample="skip")
     assert list(data.ids) == ["good"]
     assert data.bad_records.to_dict()["nothing_to_learn"]["ids"] == ["none", "all"]
-    with pytest.raises(UserError, match=r"2 nothing_to_learn \(none, all\).*none of its tokens is supervised"):
+    with pytest.raises(UserError, match=r"2 nothing_to_learn \(none, all\).*leave nothing to learn"):
         build(write(records))
 
 
@@ -228,7 +228,7 @@ def test_a_shortened_record_keeps_its_flags_and_is_bad_without_them(build, write
     assert list_learned(data[1], tokenizer) == ["answer 1"] and list(data.bad_records.to_dict()) == ["shortened"]
     for cut in (shorten({"weight": 0}, {"weight": 0}, {}), shorten({}, {}, {}, supervised_turns="last")):
         assert list(cut.ids) == ["ok"]
-        assert cut.bad_records.to_dict()["nothing_to_learn"]["first"].startswith("kept 2 of 3 rounds, and none of its")
+        assert cut.bad_records.to_dict()["nothing_to_learn"]["first"].endswith("nothing to learn (kept 2 of 3 rounds)")
 
 
 def test_only_the_last_turn_is_learned_where_the_stage_says_so(build, write, tokenizer):
@@ -270,7 +270,7 @@ VOID = [None, "", [], {}, [None], [""], {"bytes": None, "path": None}, math.nan,
         *((key, "unsupported_audio") for key in ("audio", "audios", "speech", "audio_path")),
         *((key, "unsupported_tool") for key in ("tools", "functions")),
         *((key, "unsupported_preference") for key in ("rejected", "chosen", "rejected_response")),
-        ("history", "unsupported_context"),
+        ("history", "unsupported_text"),
     ],
 )
 def test_records_that_hold_more_are_counted_by_kind(style, key, kind):
@@ -294,7 +294,7 @@ def test_parts_and_roles_that_hold_more_are_counted_by_kind():
     for style in ("llava", "messages"):
         for role in ("tool", "function", "observation", "function_call", "tool_response"):
             assert find_kind(style, QUESTION, ("assistant", "calls"), (role, "x"), ANSWER) == "unsupported_tool"
-        for key, kind in {"tool_calls": "tool", "function_call": "tool", "reasoning_content": "reasoning"}.items():
+        for key, kind in {"tool_calls": "tool", "function_call": "tool", "reasoning_content": "text"}.items():
             assert find_kind(style, QUESTION, ("assistant", None, {key: [{"name": "f"}]})) == f"unsupported_{kind}"
             assert find_kind(style, QUESTION, (*ANSWER, {key: None})) is None
 
@@ -317,6 +317,17 @@ def test_two_keys_for_images_must_agree(style):
         assert find_kind(style, *turns, image=image, images=images) == "contradiction"
     with pytest.raises(SampleError, match=r"`image` is \['a.jpg'\], and its `images` are \['b.jpg'\]. Remove one"):
         read(style, *turns, image="a.jpg", images=["b.jpg"])
+
+
+@STYLES
+def test_images_and_boxes_in_unread_places_are_counted(style):
+    for key in ("image", "images"):
+        assert find_kind(style, ("user", "what?", {key: ["a.jpg"]}), ANSWER) == "placeholders"
+        assert find_kind(style, ("user", "<image>?", {key: [None]}), ANSWER, image="a.jpg") is None
+    boxes = {"ref": ["dog"], "bbox": [[1, 2, 3, 4]]}
+    for turns in ((QUESTION, ("assistant", "at <bbox>")), (("user", "find <ref-object>"), ANSWER)):
+        assert find_kind(style, *turns, objects=boxes) == "unsupported_boxes"
+        assert find_kind(style, *turns) is None and find_kind(style, *turns, objects={"ref": [], "bbox": []}) is None
 
 
 @STYLES

@@ -47,8 +47,8 @@ KINDS = {
     "unsupported_file": "has a file that is not an image",
     "unsupported_tool": "uses tools",
     "unsupported_preference": "preference data: chosen and rejected answers",
-    "unsupported_reasoning": "has reasoning beside an answer",
-    "unsupported_context": "has text beside its turns",
+    "unsupported_text": "has text beside its turns: a history, reasoning",
+    "unsupported_boxes": "boxes to be written into its text",
     "unsupported_weight": "a weight or flag that cannot be honoured",
 }
 IMAGE_KINDS = ("missing_image", "unreadable_image")

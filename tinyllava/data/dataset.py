@@ -164,7 +164,7 @@ def build_dataset(specs: Sequence[DataSpec], options: DataOptions) -> "Supervise
     if not len(index):
         dropped = ", ".join(f"{count} {kind}" for kind, count in bad.count_kinds().items())
         paths = ", ".join(spec.path for spec in specs)
-        raise UserError(f"no usable sample is left in {paths}: dropped {dropped or 'none, so a weight is too small'}.")
+        raise UserError(f"no usable sample is left in {paths}: dropped {dropped or 'none: a weight is too small'}.")
     return SupervisedDataset(
         datasets.concatenate_datasets(tables),
         sources,
@@ -185,15 +185,8 @@ def draw_records(
     """
     good = np.flatnonzero(find_usable(source, table, bad))
     rows = apply_weight(good, spec.weight, seed)
-    facts = {
-        "path": spec.path,
-        "fingerprint": source.fingerprint,
-        "records": len(source),
-        "usable": len(good),
-        "weight": spec.weight,
-        "samples": len(rows),
-    }
-    return rows, facts
+    facts = {"path": spec.path, "fingerprint": source.fingerprint, "records": len(source), "usable": len(good)}
+    return rows, {**facts, "weight": spec.weight, "samples": len(rows)}
 
 
 def encode_source(source: Source, encoder: Encoder, cache: Path) -> datasets.Dataset:

@@ -82,8 +82,7 @@ class Encoder:
         if row["length"] > self.max_length:
             row = self._shorten(sample, grids, row["length"])
         if not row["supervised"]:
-            kept = f"{row['detail']}, and " if row["shortened"] else ""
-            text = f"{kept}none of its tokens is supervised (by the template, its flags and `supervised_turns`)"
+            text = f"its template, flags and `supervised_turns` leave nothing to learn ({row['detail'] or 'whole'})"
             raise SampleError("nothing_to_learn", text, sample.id)
         return row
 

@@ -24,6 +24,7 @@ IMAGE_PART = IMAGE_TOKEN + "\n"
 # LLaVA's names, and those of tools. system, user and assistant are understood as they are.
 ROLES = {"human": "user", "gpt": "assistant", "function": "tool", "function_call": "tool", "observation": "tool"}
 IMAGE_KEYS = ("image", "url", "path", "image_url")  # keys under which an image part may hold its image
+BOX_MARKS = ("<bbox>", "<ref-object>")  # in a text, for the `objects` of its record (ms-swift)
 SYSTEM_KEYS = ("system", "system_prompt", "system_message")  # keys of a record that hold its system message
 # Keys of a turn, or of a whole record, that say whether it is learned. OpenAI, Mistral and OpenChat write `weight`,
 # Axolotl `train` and `training`, ms-swift `loss`, verl `loss_mask`. The value 1 of the others means "not learned".
@@ -43,8 +44,7 @@ UNSUPPORTED = {
     "unsupported_audio": "audio audios audio_path audio_paths audio_url audio_urls speech sound sounds",
     "unsupported_tool": "tools functions tool_calls function_call",
     "unsupported_preference": "chosen rejected rejected_response rejected_messages",
-    "unsupported_reasoning": "reasoning_content thinking",
-    "unsupported_context": "history documents chat_template_kwargs",
+    "unsupported_text": "history documents reasoning_content thinking chat_template_kwargs",
 }
 KIND_OF_KEY = {key: kind for kind, keys in UNSUPPORTED.items() for key in keys.split()}
 WORDS = ("video", "audio", "file", "tool")  # in the type of a part and in the role of a turn: a kind for each
@@ -115,6 +115,11 @@ class Sample:
                 images += embedded or waiting[:taken]
                 waiting, text = waiting[taken:], text + piece
             messages.append(Message(role, text, _is_learned(turn, parts, role, default, sample_id)))
+        if not _is_empty(record.get("objects")) and any(mark in turn.text for turn in messages for mark in BOX_MARKS):
+            text = (
+                f"its text has {' or '.join(BOX_MARKS)}, for which its `objects` are not read. Write the boxes as text"
+            )
+            raise SampleError("unsupported_boxes", text, sample_id)
         return cls(_merge_turns(messages), images + waiting, sample_id)
 
     def to_messages(self, parts: bool = False) -> list[dict[str, Any]]:
@@ -226,6 +231,9 @@ def _find_turns(record: dict[str, Any], key: str, text_key: str, sample_id: str)
         raise SampleError("no_conversation", f"its '{key}' is not a list of turns", sample_id)
     for turn in turns:
         _refuse_unsupported(turn, sample_id)
+        if _list_images(turn, sample_id):
+            text = "a turn has images of its own: list them in the record's `images`, with <image> in the text"
+            raise SampleError("placeholders", text, sample_id)
     last = turns[-1]
     is_open = last.get(text_key) is None and (last.get("from") or last.get("role")) in ("gpt", "assistant")
     return list(turns[:-1] if is_open else turns)
@@ -257,8 +265,7 @@ def _split_parts(text: str) -> list[dict[str, str]]:
 def _read_role(name: Any, sample_id: str) -> str:
     role = ROLES.get(name, name) if isinstance(name, str) else None
     if role not in ("system", "user", "assistant"):
-        known = "human, gpt, system, user or assistant"
-        text = f"a turn has the role {reprlib.repr(name)}, expected {known}"
+        text = f"a turn has the role {reprlib.repr(name)}, expected human, gpt, system, user or assistant"
         raise SampleError(_find_kind(role, "turn_order"), text, sample_id)
     return role
 

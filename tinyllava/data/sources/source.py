@@ -90,9 +90,8 @@ def unpack(record: dict[str, Any]) -> dict[str, Any]:
 
 def list_image_folders(spec: DataSpec, default: list[str]) -> list[str]:
     """The image folders of `spec` as a list, `default` where it names none."""
-    if spec.images is None:
-        return default
-    return [spec.images] if isinstance(spec.images, str) else list(spec.images)
+    images = default if spec.images is None else spec.images
+    return [images] if isinstance(images, str) else list(images)
 
 
 def _to_rows(value: Any) -> Any:
