@@ -8,6 +8,7 @@ import pytest
 from tests.data.test_dataset import build as build
 from tests.data.test_template import CHATS, HARD, TOKENIZERS, answers, captions
 from tests.data.test_template import load as load
+from tinyllava.commands.check_data import check_specs
 from tinyllava.config import DataSpec
 from tinyllava.data.sample import Message, Sample, SampleError
 from tinyllava.data.sources import open_source
@@ -214,6 +215,8 @@ def test_a_record_of_which_nothing_is_learned_is_counted(build, write):
     data = build(write(records), on_bad_sample="skip")
     assert list(data.ids) == ["good"]
     assert data.bad_records.to_dict()["nothing_to_learn"]["ids"] == ["none", "all"]
+    report = check_specs([DataSpec(path=write(records))], progress=False)  # without a tokenizer
+    assert report.bad_records.to_dict()["nothing_to_learn"]["ids"] == ["none", "all"]
     with pytest.raises(UserError, match=r"2 nothing_to_learn \(none, all\).*leave nothing to learn"):
         build(write(records))
 
@@ -414,7 +417,9 @@ def test_turns_of_one_role_in_a_row_become_one(style, load):
 @STYLES
 def test_turns_that_cannot_be_joined_are_counted(style):
     answer = ("assistant", "more", {"weight": 0})
-    assert find_kind(style, QUESTION, ANSWER, answer) == "turn_order"
+    assert find_kind(style, QUESTION, ANSWER, answer) == find_kind(style, QUESTION, answer, ANSWER) == "turn_order"
+    with pytest.raises(SampleError, match="turn 3 has the role 'assistant', expected 'user': two answers in a row"):
+        read(style, QUESTION, ANSWER, answer).check()
     assert find_kind(style, QUESTION, answer, answer) is None
     assert find_kind(style, QUESTION, ("system", "be brief"), ANSWER) == "turn_order"
     assert find_kind(style, QUESTION, ANSWER, ("system", "be brief"), QUESTION, ANSWER) == "turn_order"

@@ -179,7 +179,10 @@ def _check_records(
 def _check_sample(sample: Sample, source: Source, encoder: Encoder | None, bad: BadRecords) -> None:
     """Raise SampleError if the sample cannot be trained on. One that would be shortened is added to `bad`."""
     if encoder is None:
-        return sample.check()
+        sample.check()
+        if not any(message.learned for message in sample.messages if message.role == "assistant"):
+            raise SampleError("nothing_to_learn", "none of its answers is learned", sample.id)
+        return
     row = encoder.encode(sample, source.roots)
     if row["shortened"]:
         bad.add(SHORTENED, sample.id, f"more than {encoder.max_length} positions; {row['detail']}")

@@ -31,8 +31,7 @@ SYSTEM_KEYS = ("system", "system_prompt", "system_message")  # keys of a record 
 # `train_detail` is a list of characters (Axolotl): always an error. `kto_tag` is false for an undesirable answer.
 LEARNED_KEYS = """weight loss_weight loss_scale loss_mask loss compute_loss calculate_loss include_in_loss train
     training train_detail trainable is_trainable train_on train_on_turn learn supervised is_supervised kto_tag"""
-NOT_LEARNED_KEYS = """mask masked is_masked mask_loss ignore ignored ignore_loss no_loss skip_loss exclude_loss
-    exclude_from_loss no_train"""
+NOT_LEARNED_KEYS = "mask masked is_masked mask_loss ignore ignored ignore_loss no_loss skip_loss exclude_loss no_train"
 FLAGS = dict.fromkeys(LEARNED_KEYS.split(), True) | dict.fromkeys(NOT_LEARNED_KEYS.split(), False)
 FLAG_VALUES = dict.fromkeys(("1", "1.0", "true", "yes", "on"), True)
 FLAG_VALUES |= dict.fromkeys(("0", "0.0", "false", "no", "off"), False)
@@ -144,7 +143,9 @@ class Sample:
         for at, message in enumerate(turns):
             expected = ("user", "assistant")[at % 2]
             if message.role != expected:
-                text = f"turn {at + 1} has the role '{message.role}', expected '{expected}'"
+                apart = at and turns[at - 1].learned != message.learned
+                reason = ": two answers in a row are joined only if both are learned, or neither" if apart else ""
+                text = f"turn {at + 1} has the role '{message.role}', expected '{expected}'{reason}"
                 raise SampleError("turn_order", text, self.id)
             if message.role == "assistant" and IMAGE_TOKEN in message.text:
                 raise SampleError("placeholders", f"an answer holds {IMAGE_TOKEN}; only a question can", self.id)
@@ -231,7 +232,7 @@ def _find_turns(record: dict[str, Any], key: str, text_key: str, sample_id: str)
         raise SampleError("no_conversation", f"its '{key}' is not a list of turns", sample_id)
     for turn in turns:
         _refuse_unsupported(turn, sample_id)
-        if _list_images(turn, sample_id):
+        if turn.keys() & {"image", "images"} and _list_images(turn, sample_id):
             text = "a turn has images of its own: list them in the record's `images`, with <image> in the text"
             raise SampleError("placeholders", text, sample_id)
     last = turns[-1]

@@ -62,15 +62,14 @@ def _load(spec: DataSpec, cache_dir: Path) -> datasets.Dataset | datasets.Iterab
                 raise ValueError(f"unknown split '{spec.split}'; it has {', '.join(saved)}")
             saved = saved[spec.split]
         return saved.to_iterable_dataset() if spec.streaming else saved
+    # What comes from the Hub stays in the Hub's own cache.
+    cache = str(cache_dir / "datasets") if path.suffix == ".parquet" or path.is_dir() else None
     if path.suffix == ".parquet":
-        cache = str(cache_dir / "datasets")
         return datasets.load_dataset(
             "parquet", data_files=str(path), split="train", streaming=spec.streaming, cache_dir=cache
         )
     if not path.exists() and not HUB_ID.fullmatch(spec.path):
         raise FileNotFoundError("no such file or folder")
-    # What comes from the Hub stays in the Hub's own cache.
-    cache = str(cache_dir / "datasets") if path.is_dir() else None
     return datasets.load_dataset(spec.path, spec.name, split=spec.split, streaming=spec.streaming, cache_dir=cache)
 
 
