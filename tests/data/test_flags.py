@@ -294,6 +294,8 @@ def test_parts_and_roles_that_hold_more_are_counted_by_kind():
     for part, kind in kinds.items():
         content = [{"type": "text", "text": "look"}, {"type": part, part: {"url": "data:" + "A" * 9999}}]
         assert find_kind("messages", ("user", content), ANSWER) == f"unsupported_{kind}"
+    for part in ({"video": "a.mp4"}, {"type": "text", "text": "hi", "videos": ["a.mp4"]}):
+        assert find_kind("messages", ("user", [part]), ANSWER) == "unsupported_video"
     for style in ("llava", "messages"):
         for role in ("tool", "function", "observation", "function_call", "tool_response"):
             assert find_kind(style, QUESTION, ("assistant", "calls"), (role, "x"), ANSWER) == "unsupported_tool"
@@ -339,6 +341,8 @@ def test_a_system_message_beside_the_turns_is_read(style):
     for key in ("system", "system_prompt"):
         assert read(style, QUESTION, ANSWER, **{key: "be brief"}) == read(style, system, QUESTION, ANSWER)
         assert read(style, system, QUESTION, ANSWER, **{key: "be brief"}) == read(style, system, QUESTION, ANSWER)
+        parts = ("system", [{"type": "text", "text": "be brief"}])
+        assert read(style, parts, QUESTION, ANSWER, **{key: "be brief"}) == read(style, system, QUESTION, ANSWER)
         both = read(style, system, QUESTION, ANSWER, **{key: "be kind"}).messages
         assert both == [Message("system", "be kind\nbe brief"), Message(*QUESTION), Message(*ANSWER)]
         for value in VOID:

@@ -40,7 +40,7 @@ FLAG_VALUES |= dict.fromkeys(EMPTY, None)
 # What says more than text and images: the kind under which a record is counted -> keys of a record or a turn.
 UNSUPPORTED = {
     "unsupported_video": "video videos video_path video_paths video_file video_files video_url video_urls",
-    "unsupported_audio": "audio audios audio_path audio_paths audio_url audio_urls speech sound sounds",
+    "unsupported_audio": "audio audios audio_path audio_paths audio_file audio_url audio_urls speech sound sounds",
     "unsupported_tool": "tools functions tool_calls function_call",
     "unsupported_preference": "chosen rejected rejected_response rejected_messages",
     "unsupported_text": "history documents reasoning_content thinking chat_template_kwargs",
@@ -102,8 +102,7 @@ class Sample:
         messages, images, waiting = [], [], _list_images(record, sample_id)
         turns = _find_turns(record, key, text_key, sample_id)
         systems = [record[key] for key in SYSTEM_KEYS if not _is_empty(record.get(key))]
-        first = [turn.get(text_key) for turn in turns[:1]]
-        turns = [{role_key: "system", text_key: text} for text in systems if text not in first] + turns
+        turns = [{role_key: "system", text_key: text} for text in systems] + turns
         default = _read_flag(record, "record", sample_id)
         for turn in turns:
             role, text, content = _read_role(turn.get(role_key), sample_id), "", turn.get(text_key)
@@ -115,9 +114,7 @@ class Sample:
                 waiting, text = waiting[taken:], text + piece
             messages.append(Message(role, text, _is_learned(turn, parts, role, default, sample_id)))
         if not _is_empty(record.get("objects")) and any(mark in turn.text for turn in messages for mark in BOX_MARKS):
-            text = (
-                f"its text has {' or '.join(BOX_MARKS)}, for which its `objects` are not read. Write the boxes as text"
-            )
+            text = f"its text has {' or '.join(BOX_MARKS)}, but its `objects` are not read. Write the boxes as text"
             raise SampleError("unsupported_boxes", text, sample_id)
         return cls(_merge_turns(messages), images + waiting, sample_id)
 
@@ -215,11 +212,13 @@ def _is_learned(turn: dict, parts: list[dict], role: str, default: bool | None, 
 def _merge_turns(messages: list[Message]) -> list[Message]:
     """Join turns of the same role in a row with a line break, because the chat templates of many LLMs refuse them.
 
-    Answers of which only some are learned cannot be joined, and `Sample.check` refuses them.
+    A system message that is given twice is kept once. Answers of which only some are learned cannot be joined, and
+    `Sample.check` refuses them.
     """
     merged = []
     for (role, learned), turns in groupby(messages, lambda message: (message.role, message.learned)):
-        *texts, last = (turn.text for turn in turns)
+        texts = [turn.text for turn in turns]
+        *texts, last = dict.fromkeys(texts) if role == "system" else texts
         lines = (text if text.endswith("\n") or not text else f"{text}\n" for text in texts)
         merged.append(Message(role, "".join(lines) + last, learned))
     return merged
@@ -243,6 +242,8 @@ def _find_turns(record: dict[str, Any], key: str, text_key: str, sample_id: str)
 def _read_part(part: Any, sample_id: str) -> tuple[str, list[Any]]:
     """The text for one part of a message's content, and a list with the image that the part holds, if any."""
     kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+    if isinstance(part, dict):
+        _refuse_unsupported(part, sample_id)
     if kind == "text":
         return _read_text(part.get("text"), sample_id), []
     if kind not in ("image", "image_url"):
