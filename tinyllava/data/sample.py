@@ -30,7 +30,7 @@ SYSTEM_KEYS = ("system", "system_prompt", "system_message")  # keys of a record 
 # Axolotl `train` and `training`, ms-swift `loss`, verl `loss_mask`. The value 1 of the others means "not learned".
 # `train_detail` is a list of characters (Axolotl): always an error. `kto_tag` is false for an undesirable answer.
 LEARNED_KEYS = """weight loss_weight loss_scale loss_mask loss compute_loss calculate_loss include_in_loss train
-    training train_detail trainable is_trainable train_on train_on_turn learn supervised is_supervised kto_tag"""
+    training train_detail trainable is_trainable train_on_turn learn learnable supervised is_supervised kto_tag"""
 NOT_LEARNED_KEYS = "mask masked is_masked mask_loss ignore ignored ignore_loss no_loss skip_loss exclude_loss no_train"
 FLAGS = dict.fromkeys(LEARNED_KEYS.split(), True) | dict.fromkeys(NOT_LEARNED_KEYS.split(), False)
 FLAG_VALUES = dict.fromkeys(("1", "1.0", "true", "yes", "on"), True)
@@ -164,7 +164,7 @@ def _list_images(record: dict[str, Any], sample_id: str) -> list[Any]:
     lists = [cell if isinstance(cell, list | tuple) else [cell] for cell in cells]
     image, images = ([image for image in each if not _is_empty(image)] for each in lists)
     if image and images and image != images:
-        text = f"its `image` is {reprlib.repr(image)}, and its `images` are {reprlib.repr(images)}. Remove one of them"
+        text = f"its `image` {reprlib.repr(image):.80} and `images` {reprlib.repr(images):.80} differ. Remove one"
         raise SampleError("contradiction", text, sample_id)
     return image or images
 
@@ -173,7 +173,7 @@ def _refuse_unsupported(holder: dict[str, Any], sample_id: str) -> None:
     """Raise SampleError if a record, a turn or a part holds a video, tools, or anything else that is not read."""
     for key in sorted(holder.keys() & KIND_OF_KEY.keys()):
         if not _is_empty(holder[key]):
-            text = f"its '{key}' is {reprlib.repr(holder[key])}, which is not supported. Remove the key, or the record"
+            text = f"its '{key}' ({reprlib.repr(holder[key]):.80}) is not supported. Remove the key or the record"
             raise SampleError(KIND_OF_KEY[key], text, sample_id)
 
 
@@ -186,7 +186,7 @@ def _read_flag(holder: dict[str, Any], name: str, sample_id: str) -> bool | None
     """Whether all flags of a turn or a part (`name`: its role) or of the record say "learned"; None without flags."""
     flags = []
     for key in sorted(holder.keys() & FLAGS.keys()):
-        value, shown = str(holder[key]).strip().lower(), f"`{key}: {reprlib.repr(holder[key])}` of the {name}"
+        value, shown = str(holder[key]).strip().lower(), f"`{key}: {reprlib.repr(holder[key]):.80}` of the {name}"
         if value not in FLAG_VALUES and (name, key) != ("record", "mask"):  # that may be the mask of its image
             text = f"{shown} is neither 0 (not learned) nor 1 (learned). Change it, or remove it"
             raise SampleError("unsupported_weight", text, sample_id)
@@ -247,7 +247,7 @@ def _read_part(part: Any, sample_id: str) -> tuple[str, list[Any]]:
     if kind == "text":
         return _read_text(part.get("text"), sample_id), []
     if kind not in ("image", "image_url"):
-        text = f"content of type {reprlib.repr(kind)} is neither text nor image"
+        text = f"content of type {reprlib.repr(kind):.80} is neither text nor image"
         raise SampleError(_find_kind(kind, "placeholders"), text, sample_id)
     image = next((part[key] for key in IMAGE_KEYS if not _is_empty(part.get(key))), None)
     if isinstance(image, dict) and image.get("url"):
@@ -267,7 +267,7 @@ def _split_parts(text: str) -> list[dict[str, str]]:
 def _read_role(name: Any, sample_id: str) -> str:
     role = ROLES.get(name, name) if isinstance(name, str) else None
     if role not in ("system", "user", "assistant"):
-        text = f"a turn has the role {reprlib.repr(name)}, expected human, gpt, system, user or assistant"
+        text = f"a turn has the role {reprlib.repr(name):.80}, expected human, gpt, system, user or assistant"
         raise SampleError(_find_kind(role, "turn_order"), text, sample_id)
     return role
 
