@@ -41,6 +41,15 @@ KINDS = {
     "too_long": "too long, even its first round",
     "shortened": "too long: would lose its last rounds",
     "nothing_to_learn": "nothing to learn",
+    "contradiction": "says two different things",
+    "unsupported_video": "has a video",
+    "unsupported_audio": "has audio",
+    "unsupported_file": "has a file that is not an image",
+    "unsupported_tool": "uses tools",
+    "unsupported_preference": "preference data: chosen and rejected answers",
+    "unsupported_text": "has text beside its turns: a history, reasoning",
+    "unsupported_boxes": "boxes to be written into its text",
+    "unsupported_weight": "a weight or flag that cannot be honoured",
 }
 IMAGE_KINDS = ("missing_image", "unreadable_image")
 FEW = 64  # images; fewer per process are not worth its start
@@ -121,7 +130,8 @@ def check_recipe(recipe: Recipe) -> DataReport:
         options = make_data_options(recipe, stage, vlm)
         validation = stage.validation if isinstance(stage.validation, list) else []
         for spec in [*stage.data, *validation]:
-            key = (spec, options.template, options.max_length)  # the same key gives the same result
+            # The same key gives the same result.
+            key = (spec, options.template, options.max_length, options.supervised_turns)
             if key not in checked:
                 checked.append(key)
                 check_specs([spec], options, report=report)
@@ -187,7 +197,10 @@ def _check_records(
 def _check_sample(sample: Sample, source: Source, encoder: Encoder | None, bad: BadRecords) -> None:
     """Raise SampleError if the sample cannot be trained on. One that would be shortened is added to `bad`."""
     if encoder is None:
-        return sample.check()
+        sample.check()
+        if not any(message.learned for message in sample.messages if message.role == "assistant"):
+            raise SampleError("nothing_to_learn", "none of its answers is learned", sample.id)
+        return
     row = encoder.encode(sample, source.roots)
     if row["shortened"]:
         bad.add(SHORTENED, sample.id, f"more than {encoder.max_length} positions; {row['detail']}")

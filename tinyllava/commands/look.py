@@ -37,6 +37,8 @@ def look_at_recipe(recipe: Recipe, console: Console) -> None:
         setup = prepare_stage(recipe, name, empty=True)
         console.print("", Rule(Text(f"stage {name}", style="bold"), align="left"))
         console.print(make_parts_table(setup.parts, setup.args.learning_rate))
+        if setup.stage.supervised_turns == "last":
+            console.print("supervised turns: only the last turn of each conversation is learned")
         if isinstance(setup.dataset, StreamingDataset):
             console.print(f"streamed data: the lengths are not known in advance; {setup.args.max_steps} steps")
             batch = list(islice(setup.dataset, SAMPLES))

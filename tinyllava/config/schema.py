@@ -194,6 +194,7 @@ class Stage(StrictModel):
     global_batch_size: int = Field(128, gt=0)
     on_bad_sample: Literal["error", "skip"] = "error"
     max_length: int | None = Field(None, gt=0)
+    supervised_turns: Literal["all", "last"] = "all"
     trainer: dict[str, Any] = {}
 
     @field_validator("trainer")

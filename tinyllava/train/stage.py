@@ -158,6 +158,7 @@ def make_data_options(recipe: Recipe, stage: Stage, vlm: VLM) -> DataOptions:
         tiles=vlm.processor.tiling,
         pixels=vlm.processor.to_pixels,
         max_length=stage.max_length or recipe.model.max_length,
+        supervised_turns=stage.supervised_turns,
         on_bad_sample=stage.on_bad_sample,
         seed=recipe.seed,
         draft=2 * vlm.model.config.image_size,

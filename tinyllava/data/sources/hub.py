@@ -6,10 +6,8 @@ The columns decide the format of the records: `conversations` (and `image`) is L
 Hub's. Images may be paths, bytes or the Image feature. They stay encoded until a worker needs them.
 """
 
-import hashlib
 import re
 from pathlib import Path
-from typing import Any
 
 import datasets
 
@@ -64,15 +62,14 @@ def _load(spec: DataSpec, cache_dir: Path) -> datasets.Dataset | datasets.Iterab
                 raise ValueError(f"unknown split '{spec.split}'; it has {', '.join(saved)}")
             saved = saved[spec.split]
         return saved.to_iterable_dataset() if spec.streaming else saved
+    # What comes from the Hub stays in the Hub's own cache.
+    cache = str(cache_dir / "datasets") if path.suffix == ".parquet" or path.is_dir() else None
     if path.suffix == ".parquet":
-        cache = str(cache_dir / "datasets")
         return datasets.load_dataset(
             "parquet", data_files=str(path), split="train", streaming=spec.streaming, cache_dir=cache
         )
     if not path.exists() and not HUB_ID.fullmatch(spec.path):
         raise FileNotFoundError("no such file or folder")
-    # What comes from the Hub stays in the Hub's own cache.
-    cache = str(cache_dir / "datasets") if path.is_dir() else None
     return datasets.load_dataset(spec.path, spec.name, split=spec.split, streaming=spec.streaming, cache_dir=cache)
 
 
@@ -90,13 +87,5 @@ def hash_records(records: datasets.Dataset) -> str:
     """A hash of the count, the columns and 32 records at each end: reading all records may take hours."""
     count = len(records)
     ends = [*range(min(HASHED, count)), *range(max(HASHED, count - HASHED), count)]
-    rows = (_to_hashable(records[row].to_pylist()[0]) for row in ends)
+    rows = (digest(records[row].to_pylist()[0]) for row in ends)
     return digest(count, sorted(records.column_names), *rows)
-
-
-def _to_hashable(value: Any) -> Any:
-    if isinstance(value, bytes):
-        return hashlib.sha256(value).hexdigest()
-    if isinstance(value, dict):
-        return {key: _to_hashable(item) for key, item in value.items()}
-    return [_to_hashable(item) for item in value] if isinstance(value, list) else value

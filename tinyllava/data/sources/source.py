@@ -88,18 +88,10 @@ def unpack(record: dict[str, Any]) -> dict[str, Any]:
     return {**value, "id": record["id"]}
 
 
-def unpack_images(record: dict[str, Any]) -> dict[str, Any]:
-    """`unpack`, with `images` as a list. Nulls, which stand for no image in tables, are left out."""
-    record = unpack(record)
-    images = record.get("images") or record.get("image")
-    return {**record, "images": [image for image in (images if isinstance(images, list) else [images]) if image]}
-
-
 def list_image_folders(spec: DataSpec, default: list[str]) -> list[str]:
     """The image folders of `spec` as a list, `default` where it names none."""
-    if spec.images is None:
-        return default
-    return [spec.images] if isinstance(spec.images, str) else list(spec.images)
+    images = default if spec.images is None else spec.images
+    return [images] if isinstance(images, str) else list(images)
 
 
 def _to_rows(value: Any) -> Any:
