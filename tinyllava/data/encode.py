@@ -14,16 +14,17 @@ import numpy as np
 from datasets import Features, List, Value
 
 from tinyllava.cache import digest
-from tinyllava.data.images import Reference, is_file_reference, read_image_size
+from tinyllava.data.images import read_image_size
 from tinyllava.data.labels import IGNORE
 from tinyllava.data.options import DataOptions
+from tinyllava.data.references import Reference, resolve_reference
 from tinyllava.data.sample import IMAGE_TOKEN, Sample, SampleError
 from tinyllava.data.sources.source import to_raw_records
 from tinyllava.data.template import image_token_id
 from tinyllava.data.tiles import Grid, count_image_tokens
 
 # The files whose code decides the row of a record: a change in any of them makes the cache out of date.
-CODE = ("sample", "template", "fit", "rendering", "labels", "special_tokens", "encode", "images", "tiles")
+CODE = ("sample", "template", "fit", "rendering", "labels", "special_tokens", "encode", "references", "images", "tiles")
 FEATURES = Features(
     {
         "id": Value("string"),
@@ -103,11 +104,12 @@ class Encoder:
         if marks != len(sample.images):
             text = f"the template shows {marks} {IMAGE_TOKEN}, but it has {len(sample.images)} image(s)"
             raise SampleError("placeholders", text, sample.id)
+        sources = map(resolve_reference, sample.images)
         return {
             "id": sample.id,
             "input_ids": ids,
             "labels": labels,
-            "images": [to_stored_reference(image) for image in sample.images],
+            "images": [source if isinstance(source, str) else None for source in sources],
             "grids": [list(grid) for grid in grids],
             "length": len(ids) - marks + sum(count_image_tokens(self.tokens_per_image, grids)),
             "supervised": sum(label != IGNORE for label in labels[1:]),
@@ -143,13 +145,6 @@ def keep_rounds(sample: Sample, messages: int) -> Sample:
     kept = sample.messages[:messages]
     marks = sum(message.text.count(IMAGE_TOKEN) for message in kept)
     return replace(sample, messages=kept, images=sample.images[:marks])
-
-
-def to_stored_reference(image: Reference) -> str | None:
-    """A path or URL as it is. None for an image that must be read from the record again."""
-    if isinstance(image, dict) and not image.get("bytes"):
-        image = image.get("path") or image.get("url")
-    return image if isinstance(image, str) and (is_file_reference(image) or image.startswith("http")) else None
 
 
 def encode_table(

@@ -16,7 +16,8 @@ IMAGE_TOKEN = "<image>"
 # so do our templates.
 IMAGE_PART = IMAGE_TOKEN + "\n"
 ROLES = {"human": "user", "gpt": "assistant"}  # LLaVA's names; system, user and assistant are understood as they are
-IMAGE_KEYS = ("image", "url", "path", "image_url")  # keys under which an image part may hold its image
+# Keys under which a dict may hold its image: `datasets`, transformers, OpenAI and Anthropic.
+IMAGE_KEYS = ("bytes", "image", "image_url", "url", "path", "source", "base64", "data")
 
 
 class SampleError(UserError):
@@ -106,6 +107,16 @@ class Sample:
             raise SampleError("turn_order", f"it ends with a turn of the {turns[-1].role}, expected {wanted}", self.id)
 
 
+def unwrap_image(reference: Any) -> Any:
+    """The image that a dict holds, at any depth; None if it holds none. All other references are returned unchanged."""
+    while isinstance(reference, dict):
+        key = next((key for key in IMAGE_KEYS if hasattr(value := reference.get(key), "shape") or value), None)
+        reference = reference.get(key)  # an array has no truth value
+        if key in ("base64", "data") and isinstance(reference, str) and not reference.startswith("data:"):
+            reference = f"data:;base64,{reference}"  # never a path
+    return reference
+
+
 def _find_id(record: dict[str, Any]) -> str:
     return "" if record.get("id") is None else str(record["id"])
 
@@ -129,13 +140,11 @@ def _find_turns(record: dict[str, Any], key: str, text_key: str, sample_id: str)
 def _read_part(part: Any, sample_id: str) -> tuple[str, list[Any]]:
     """The text for one part of a message's content, and a list with the image that the part holds, if any."""
     kind = part.get("type") if isinstance(part, dict) else type(part).__name__
-    if kind == "text":
+    if kind in ("text", "input_text", "output_text"):
         return _read_text(part.get("text"), sample_id), []
-    if kind not in ("image", "image_url"):
+    if kind not in ("image", "image_url", "input_image"):
         raise SampleError("placeholders", f"content of type '{kind}' is neither text nor image", sample_id)
-    image = next((part[key] for key in IMAGE_KEYS if part.get(key) is not None), None)
-    if isinstance(image, dict) and image.get("url"):
-        image = image["url"]
+    image = unwrap_image(part)
     return IMAGE_PART, [] if image is None else [image]
 
 
