@@ -50,7 +50,8 @@ def is_file_reference(reference: object) -> bool:
 def describe_reference(reference: object) -> str:
     """A short name of an image for messages."""
     if isinstance(reference, dict):
-        reference = reference.get("path") or unwrap_image(reference) or reference
+        is_named = isinstance(reference.get("path"), str) and reference["path"]
+        reference = reference["path"] if is_named else unwrap_image(reference)
     if isinstance(reference, bytes | bytearray | memoryview):
         return f"of {len(reference):,} bytes"
     is_text = isinstance(reference, str | os.PathLike)

@@ -63,7 +63,8 @@ def _build_question(record: dict[str, Any], path: Path) -> Question:
     """Build the question of a record. Its metric is None if it depends on the other questions."""
     qid = get_field(record, "question_id", path)
     images = record.get("image") or []
-    images = tuple(_locate_image(image, path.parent) for image in (images if isinstance(images, list) else [images]))
+    images = images if isinstance(images, list) else [images]
+    images = tuple(_locate_image(image, path.parent) for image in images if image)
     answer, options = record.get("answer"), tuple(record.get("options") or ())
     metric = record.get("metric") or ("choice" if options else "soft" if isinstance(answer, list) else None)
     extra = {"accept": tuple(record.get("accept") or ()), "metric": metric}
