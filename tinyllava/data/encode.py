@@ -104,12 +104,11 @@ class Encoder:
         if marks != len(sample.images):
             text = f"the template shows {marks} {IMAGE_TOKEN}, but it has {len(sample.images)} image(s)"
             raise SampleError("placeholders", text, sample.id)
-        sources = map(resolve_reference, sample.images)
         return {
             "id": sample.id,
             "input_ids": ids,
             "labels": labels,
-            "images": [source if isinstance(source, str) else None for source in sources],
+            "images": [path if isinstance(path := resolve_reference(image), str) else None for image in sample.images],
             "grids": [list(grid) for grid in grids],
             "length": len(ids) - marks + sum(count_image_tokens(self.tokens_per_image, grids)),
             "supervised": sum(label != IGNORE for label in labels[1:]),

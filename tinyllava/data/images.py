@@ -19,7 +19,7 @@ from typing import IO
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from tinyllava.data.references import URL, Reference, describe_reference, resolve_reference, shorten
+from tinyllava.data.references import Reference, describe_reference, is_file_reference, resolve_reference, shorten
 from tinyllava.data.sample import SampleError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".webp")
@@ -61,7 +61,7 @@ def read_image_size(reference: Reference, roots: Sequence[str] = ()) -> tuple[in
 def _open_undecoded(reference: Reference, roots: Sequence[str]) -> Iterator[Image.Image]:
     """Open an image without decoding it. Errors of its decoder become a SampleError."""
     name, source = describe_reference(reference), resolve_reference(reference)
-    content = _find_content(source, name, roots) if isinstance(source, str | bytes) else source
+    content = _find_content(source, roots) if isinstance(source, str | bytes) else source
     name = shorten(str(content)) if isinstance(content, Path) else name
     try:
         with warnings.catch_warnings():
@@ -75,22 +75,18 @@ def _open_undecoded(reference: Reference, roots: Sequence[str]) -> Iterator[Imag
         raise SampleError("unreadable_image", f"image {name} {problem}") from None
 
 
-def _find_content(source: str | bytes, name: str, roots: Sequence[str]) -> Path | BytesIO:
+def _find_content(source: str | bytes, roots: Sequence[str]) -> Path | BytesIO:
     """The file of a path, or the content that bytes or a URL give."""
-    if isinstance(source, str) and not URL.match(source):
+    if is_file_reference(source):
         if error := find_file_fault(source, roots):
             raise error
         return find_file(source, roots)
-    content = _download(source) if isinstance(source, str) else source
-    if not content:
-        raise SampleError("unreadable_image", _explain_empty(name))
-    return BytesIO(content)
+    return BytesIO(_download(source) if isinstance(source, str) else source)
 
 
 def find_file(reference: str, roots: Sequence[str]) -> Path | None:
     """The first file called `reference` under `roots` (an absolute path, or no roots: the path itself)."""
-    is_bound = isinstance(roots, ImageFolders)
-    bounds = tuple(os.path.join(os.path.abspath(root), "") for root in roots) if is_bound else ""
+    bounds = tuple(os.path.join(os.path.abspath(root), "") for root in roots) if isinstance(roots, ImageFolders) else ""
     for root in roots or ("",):
         path = os.path.normpath(os.path.join(root, reference))
         if os.path.isfile(path) and os.path.abspath(path).startswith(bounds):
@@ -103,7 +99,8 @@ def find_file_fault(reference: str, roots: Sequence[str]) -> SampleError | None:
     path = find_file(reference, roots)
     if path is None:
         return _explain_missing(reference, roots)
-    return SampleError("unreadable_image", _explain_empty(shorten(str(path)))) if path.stat().st_size == 0 else None
+    empty = f"image {shorten(str(path))} has zero bytes. Was a download or copy interrupted? Get it again"
+    return SampleError("unreadable_image", empty) if path.stat().st_size == 0 else None
 
 
 def make_blank_image() -> Image.Image:
@@ -132,10 +129,6 @@ def _explain_missing(reference: str, roots: Sequence[str]) -> SampleError:
     similar = next((path for suffix in SUFFIXES if (path := find_file(stem + suffix, roots))), None)
     hint = f" (there is {similar})" if similar else ""
     return SampleError("missing_image", f"image {shorten(reference)} not found{where}{hint}")
-
-
-def _explain_empty(name: object) -> str:
-    return f"image {name} has zero bytes. Was a download or copy interrupted? Get it again"
 
 
 def _read_orientation(image: Image.Image) -> int:

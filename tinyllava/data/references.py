@@ -49,13 +49,11 @@ def is_file_reference(reference: object) -> bool:
 
 def describe_reference(reference: object) -> str:
     """A short name of an image for messages."""
-    if isinstance(reference, dict):
-        is_named = isinstance(reference.get("path"), str) and reference["path"]
-        reference = reference["path"] if is_named else unwrap_image(reference)
-    if isinstance(reference, bytes | bytearray | memoryview):
-        return f"of {len(reference):,} bytes"
-    is_text = isinstance(reference, str | os.PathLike)
-    return shorten(str(reference) if is_text else f"of type {type(reference).__name__}")
+    reference = unwrap_image(reference)
+    if isinstance(reference, str | os.PathLike):
+        return shorten(str(reference))
+    is_content = isinstance(reference, bytes | bytearray | memoryview)
+    return f"of {len(reference):,} bytes" if is_content else shorten(f"of type {type(reference).__name__}")
 
 
 def shorten(text: str) -> str:
@@ -77,7 +75,6 @@ def _to_image(array: np.ndarray) -> Image.Image:
     """The image of an array [H, W], or [H, W, C] with one, three or four channels."""
     if not isinstance(array, np.ndarray):
         raise ValueError("expected a path, a URL, base64, bytes, an open file, a PIL image or a numpy array")
-    is_pixels = array.dtype == np.uint8 and array.size and array.ndim in (2, 3)
-    if not is_pixels or array.shape[2:] not in ((), (1,), (3,), (4,)):
+    if array.dtype != np.uint8 or not array.size or array.ndim < 2 or array.shape[2:] not in ((), (1,), (3,), (4,)):
         raise ValueError(f"expected uint8 [H, W] or [H, W, 1, 3 or 4], found {array.dtype} {[*array.shape]}")
     return Image.fromarray(array.squeeze(2) if array.shape[2:] == (1,) else array)
