@@ -4,6 +4,7 @@ import io
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -191,6 +192,16 @@ def test_every_form_of_an_image_gives_the_same_answer(session: Session, tmp_path
     for form in (path, path.as_uri(), PIXELS, io.BytesIO(PNG), {"type": "image", "image": PNG}):
         session.reset()
         assert session.chat(WORDS[0], form, **NEW) == expected
+
+
+def test_the_page_on_images_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    root = Path(__file__).parents[2]
+    page = (root / "docs" / "images.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(# describe\.py.*?)```", page, flags=re.S)
+    monkeypatch.chdir(root)
+    exec(compile(code, "describe.py", "exec"), {})
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == second != ""
 
 
 def test_each_row_stops_at_its_own_end(session: Session, monkeypatch) -> None:
