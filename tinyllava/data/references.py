@@ -21,7 +21,6 @@ FILE_URL = re.compile(r"file:(//(localhost)?(?=/))?", re.IGNORECASE)
 # A data: URL, or the base64 of a file that begins like PNG, JPEG, GIF, WebP, TIFF, BMP, AVIF or JPEG 2000.
 START = r"iVBORw0KGgo|[/_]9j[/_]|R0lGOD|UklGR|SUk[qr]A|TU0AK|Qk[0-3]|AAAA.GZ0eX|AAAADGpQIC"
 ENCODED = re.compile(rf"\s*((?i:data:)|({START})[\w+/\s-]{{24}})")
-URL_SAFE = bytes.maketrans(b"-_", b"+/")
 
 
 def resolve_reference(reference: Reference) -> str | bytes | Image.Image:
@@ -66,7 +65,7 @@ def shorten(text: str) -> str:
 def _resolve_text(text: str) -> str | bytes:
     if ENCODED.match(text):  # padding may be missing, lines may break, and the alphabet may be that of URLs
         content = text.partition(",")[2] if "," in text[:256] else text
-        data = b"".join(unquote_to_bytes(content).split()).translate(URL_SAFE).rstrip(b"=")
+        data = b"".join(unquote_to_bytes(content).split()).replace(b"-", b"+").replace(b"_", b"/").rstrip(b"=")
         return base64.b64decode(data + b"=" * (-len(data) % 4), validate=True)
     return unquote(FILE_URL.sub("", text, count=1)) if FILE_URL.match(text) else text
 
