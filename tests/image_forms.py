@@ -66,6 +66,13 @@ def list_text_forms(path: Path) -> dict[str, Any]:
     }
 
 
+class Pipe:
+    """What can be read but not rewound."""
+
+    def read(self) -> bytes:
+        return PNG
+
+
 def list_python_forms(path: Path) -> dict[str, Any]:
     """The forms that only Python has."""
     written = io.BytesIO()
@@ -78,6 +85,7 @@ def list_python_forms(path: Path) -> dict[str, Any]:
         "base64 as bytes": base64.b64encode(PNG),
         "BytesIO": written,
         "open file": path.open("rb"),
+        "a pipe": Pipe(),
         "PIL": IMAGE,
         "PIL, not decoded": Image.open(path),
         "numpy": PIXELS,

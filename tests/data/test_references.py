@@ -81,7 +81,7 @@ def test_relative_paths_and_files_start_at_the_image_folder(path: Path, write: C
     outside = path.parent.parent / "secret.png"
     outside.write_bytes(PNG)
     (path.parent / "inner").mkdir()
-    inside = ["x.png", "./x.png", "inner/../x.png", "link.png", str(path), path.as_uri()]
+    inside = ["x.png", "file:x.png", "file://x.png", "./x.png", "inner/../x.png", "link.png", str(path), path.as_uri()]
     out = [
         "../secret.png",
         "inner/../../secret.png",

@@ -17,7 +17,7 @@ from tinyllava.data.sample import SampleError, unwrap_image
 
 Reference = str | os.PathLike[str] | bytes | IO[bytes] | np.ndarray | Image.Image | dict[str, Any]
 URL = re.compile(r"https?://", re.IGNORECASE)
-FILE_URL = re.compile(r"file:(//(localhost)?(?=/))?", re.IGNORECASE)
+FILE_URL = re.compile(r"file:(//(localhost(?=/))?)?", re.IGNORECASE)  # a relative path may follow, as in Qwen's data
 # A data: URL, or the base64 of a file that begins like PNG, JPEG, GIF, WebP, TIFF, BMP, AVIF or JPEG 2000.
 START = r"iVBORw0KGgo|[/_]9j[/_]|R0lGOD|UklGR|SUk[qr]A|TU0AK|Qk[0-3]|AAAA.GZ0eX|AAAADGpQIC"
 ENCODED = re.compile(rf"\s*((?i:data:)|({START})[\w+/\s-]{{24}})")
@@ -28,7 +28,7 @@ def resolve_reference(reference: Reference) -> str | bytes | Image.Image:
     name, reference = describe_reference(reference), unwrap_image(reference)
     try:
         if hasattr(reference, "read"):
-            if reference.seekable():
+            if getattr(reference, "seekable", bool)():
                 reference.seek(0)  # it may have been written or read just now
             reference = reference.read()
         if isinstance(reference, bytes | bytearray | memoryview):
@@ -48,7 +48,7 @@ def is_file_reference(reference: object) -> bool:
 
 def describe_reference(reference: object) -> str:
     """A short name of an image for messages."""
-    reference = unwrap_image(reference)
+    reference = reference if (image := unwrap_image(reference)) is None else image
     if isinstance(reference, str | os.PathLike):
         return shorten(str(reference))
     is_content = isinstance(reference, bytes | bytearray | memoryview)

@@ -41,7 +41,7 @@ class Message:
 
 @dataclass
 class Sample:
-    """A conversation and its images, in order: paths, URLs, bytes, `{"bytes", "path"}` or PIL images."""
+    """A conversation and its images, in order and in any of the forms of references.py."""
 
     messages: list[Message]
     images: list[Any] = field(default_factory=list)
