@@ -84,10 +84,11 @@ def _find_content(source: str | bytes, roots: Sequence[str]) -> Path | BytesIO:
 
 def find_file(reference: str, roots: Sequence[str]) -> Path | None:
     """The first file called `reference` under `roots` (an absolute path, or no roots: the path itself)."""
-    bounds = tuple(os.path.join(os.path.abspath(root), "") for root in roots) if isinstance(roots, ImageFolders) else ""
+    may_leave = isinstance(roots, ImageFolders) and (".." in reference or os.path.isabs(reference))
+    bounds = tuple(os.path.join(os.path.abspath(root), "") for root in roots) if may_leave else ()
     for root in roots or ("",):
-        path = os.path.normpath(os.path.join(root, reference))
-        if os.path.isfile(path) and os.path.abspath(path).startswith(bounds):
+        path = os.path.normpath(os.path.join(root, reference))  # what is checked is opened
+        if os.path.isfile(path) and (not may_leave or os.path.abspath(path).startswith(bounds)):
             return Path(path)
     return None
 
@@ -95,10 +96,10 @@ def find_file(reference: str, roots: Sequence[str]) -> Path | None:
 def find_file_fault(reference: str, roots: Sequence[str]) -> SampleError | None:
     """Why the file `reference` cannot be an image, from its directory entry alone: it is missing or has zero bytes."""
     path = find_file(reference, roots)
-    if path is None:
-        return _explain_missing(reference, roots)
-    empty = f"image {shorten(str(path))} has zero bytes. Was a download or copy interrupted? Get it again"
-    return SampleError("unreadable_image", empty) if path.stat().st_size == 0 else None
+    if path is None or path.stat().st_size > 0:
+        return _explain_missing(reference, roots) if path is None else None
+    text = f"image {shorten(str(path))} has zero bytes. Was a download or copy interrupted? Get it again"
+    return SampleError("unreadable_image", text)
 
 
 def make_blank_image() -> Image.Image:
