@@ -49,6 +49,13 @@ def test_base64_is_known_by_what_a_file_of_each_format_begins_with(kind: str) ->
         assert resolve_reference(text) == content and not is_file_reference(text)
 
 
+@pytest.mark.parametrize(
+    "name", ["Qk2xL5a9ZkQ3vTgYb7WcR1eNfUoJd8sH.jpg", "data/1.png", "9j/4AAQSkZJRgABAQAAAQABAAD.jpg"]
+)
+def test_a_random_file_name_is_not_taken_for_base64(name: str) -> None:
+    assert is_file_reference(name) and resolve_reference(name) == name
+
+
 def test_grey_and_one_channel_arrays_are_images(path: Path) -> None:
     grey = PIXELS[..., 0]
     for array in (grey, grey[..., None]):

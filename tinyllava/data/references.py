@@ -19,7 +19,7 @@ Reference = str | os.PathLike[str] | bytes | IO[bytes] | np.ndarray | Image.Imag
 URL = re.compile(r"https?://", re.IGNORECASE)
 FILE_URL = re.compile(r"file:(//(localhost(?=/))?)?", re.IGNORECASE)  # a relative path may follow, as in Qwen's data
 # A data: URL, or the base64 of a file that begins like PNG, JPEG, GIF, WebP, TIFF, BMP, AVIF or JPEG 2000.
-START = r"iVBORw0KGgo|[/_]9j[/_]|R0lGOD|UklGR|SUk[qr]A|TU0AK|Qk[0-3]|AAAA.GZ0eX|AAAADGpQIC"
+START = r"iVBORw0KGgo|[/_]9j[/_]|R0lGOD|UklGR|SUk[qr]A|TU0AK|Qk[0-3].{5}AAAA|AAAA.GZ0eX|AAAADGpQIC"
 ENCODED = re.compile(rf"\s*((?i:data:)|({START})[\w+/\s-]{{24}})")
 
 

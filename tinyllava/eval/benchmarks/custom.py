@@ -64,7 +64,10 @@ def _build_question(record: dict[str, Any], path: Path) -> Question:
     qid = get_field(record, "question_id", path)
     images = record.get("image") or []
     images = images if isinstance(images, list) else [images]
-    images = tuple(_locate_image(image, path.parent) for image in images if image)
+    try:
+        images = tuple(_locate_image(image, path.parent) for image in images if image)
+    except UserError as error:
+        raise UserError(f"{path}, question {qid}: {error}") from None
     answer, options = record.get("answer"), tuple(record.get("options") or ())
     metric = record.get("metric") or ("choice" if options else "soft" if isinstance(answer, list) else None)
     extra = {"accept": tuple(record.get("accept") or ()), "metric": metric}
