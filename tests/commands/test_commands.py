@@ -1,5 +1,6 @@
 """The commands look, train, data check, chat, export and doctor on a tiny recipe."""
 
+import base64
 import io
 import json
 import re
@@ -125,6 +126,13 @@ def test_chat_answers_once_or_each_line(tinyllava: Callable[..., CommandResult],
     answers = piped.out.splitlines()
     assert piped.code == 0 and len(answers) == 2
     assert answers[1] == once.out.strip()  # after /reset it is the same question
+    encoded = base64.b64encode((pictures / "1.png").read_bytes()).decode()
+    forms = [(pictures / "1.png").as_uri(), f"data:image/png;base64,{encoded}", encoded.rstrip("=")]
+    asked = "".join(f"/image {form}\nWhat is it?\n/reset\n" for form in forms)
+    assert tinyllava("chat", trained, *options, stdin=asked).out == once.out * 3
+    broken = tinyllava("chat", trained, f"data:image/png;base64,{'A' * 100_000}", stdin="hi\n")
+    assert_refused(broken, "data:image/png;base64,A", "(100,022 characters) is not an image")
+    assert len(broken.err) < 300
     assert_refused(tinyllava("chat", trained, pictures / "gone.png", stdin="hi\n"), "gone.png", "not found")
     assert_refused(tinyllava("chat", trained, stdin="/imgae x\n"), "/imgae", "did you mean '/image'")
 

@@ -22,8 +22,9 @@ from tinyllava.config import DataSpec, Recipe, load_recipe
 from tinyllava.console import messages
 from tinyllava.data.bad_records import FIRST_IDS, SHORTENED, BadRecords
 from tinyllava.data.encode import Encoder
-from tinyllava.data.images import Reference, is_file_reference, open_image
+from tinyllava.data.images import open_image
 from tinyllava.data.options import DataOptions
+from tinyllava.data.references import Reference, is_file_reference
 from tinyllava.data.sample import Sample, SampleError
 from tinyllava.data.sources import Source, open_source
 from tinyllava.factory import Factory

@@ -4,15 +4,18 @@ B: samples, L: the longest sample's positions, N: views of all images of the bat
 image that is not cut into tiles is one view.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
 
-from tinyllava.data.images import Pixels
 from tinyllava.data.labels import IGNORE
 from tinyllava.data.tiles import Grid
+
+# What a model's processor does: images, and the grids of those cut into tiles -> uint8 [views, 3, H, W]
+Pixels = Callable[..., torch.Tensor]
 
 
 def make_image_inputs(pixels: Pixels, images: list[Image.Image], grids: list[Grid] | None) -> dict[str, Any]:

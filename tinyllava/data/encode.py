@@ -14,16 +14,17 @@ import numpy as np
 from datasets import Features, List, Value
 
 from tinyllava.cache import digest
-from tinyllava.data.images import Reference, is_file_reference, read_image_size
+from tinyllava.data.images import read_image_size
 from tinyllava.data.labels import IGNORE
 from tinyllava.data.options import DataOptions
+from tinyllava.data.references import Reference, resolve_reference
 from tinyllava.data.sample import IMAGE_TOKEN, Sample, SampleError
 from tinyllava.data.sources.source import to_raw_records
 from tinyllava.data.template import image_token_id
 from tinyllava.data.tiles import Grid, count_image_tokens
 
 # The files whose code decides the row of a record: a change in any of them makes the cache out of date.
-CODE = ("sample", "template", "fit", "rendering", "labels", "special_tokens", "encode", "images", "tiles")
+CODE = ("sample", "template", "fit", "rendering", "labels", "special_tokens", "encode", "references", "images", "tiles")
 FEATURES = Features(
     {
         "id": Value("string"),
@@ -111,7 +112,7 @@ class Encoder:
             "id": sample.id,
             "input_ids": ids,
             "labels": labels,
-            "images": [to_stored_reference(image) for image in sample.images],
+            "images": [path if isinstance(path := resolve_reference(image), str) else None for image in sample.images],
             "grids": [list(grid) for grid in grids],
             "length": len(ids) - marks + sum(count_image_tokens(self.tokens_per_image, grids)),
             "supervised": sum(label != IGNORE for label in labels[1:]),
@@ -141,13 +142,6 @@ class Encoder:
             text += f"; its first round alone is over max_length {self.max_length}"
             raise SampleError("too_long", text, sample.id)
         return best
-
-
-def to_stored_reference(image: Reference) -> str | None:
-    """A path or URL as it is. None for an image that must be read from the record again."""
-    if isinstance(image, dict) and not image.get("bytes"):
-        image = image.get("path") or image.get("url")
-    return image if isinstance(image, str) and (is_file_reference(image) or image.startswith("http")) else None
 
 
 def encode_table(

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tinyllava.data.images import Pixels
+from tinyllava.data.collate import Pixels
 from tinyllava.data.template import Template
 from tinyllava.data.tiles import Tiles
 

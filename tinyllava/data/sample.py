@@ -23,7 +23,6 @@ IMAGE_TOKEN = "<image>"
 IMAGE_PART = IMAGE_TOKEN + "\n"
 # LLaVA's names, and those of tools. system, user and assistant are understood as they are.
 ROLES = {"human": "user", "gpt": "assistant", "function": "tool", "function_call": "tool", "observation": "tool"}
-IMAGE_KEYS = ("image", "url", "path", "image_url")  # keys under which an image part may hold its image
 BOX_MARKS = ("<bbox>", "<ref-object>")  # in a text, for the `objects` of its record (ms-swift)
 SYSTEM_KEYS = ("system", "system_prompt", "system_message")  # keys of a record that hold its system message
 # Keys of a turn, or of a whole record, that say whether it is learned. OpenAI, Mistral and OpenChat write `weight`,
@@ -47,6 +46,8 @@ UNSUPPORTED = {
 }
 KIND_OF_KEY = {key: kind for kind, keys in UNSUPPORTED.items() for key in keys.split()}
 WORDS = ("video", "audio", "file", "tool")  # in the type of a part and in the role of a turn: a kind for each
+# Keys under which a dict may hold its image: `datasets`, transformers, OpenAI and Anthropic.
+IMAGE_KEYS = ("bytes", "image", "image_url", "url", "path", "source", "base64", "data")
 
 
 class SampleError(UserError):
@@ -74,7 +75,7 @@ class Message:
 
 @dataclass
 class Sample:
-    """A conversation and its images, in order: paths, URLs, bytes, `{"bytes", "path"}` or PIL images."""
+    """A conversation and its images, in order and in any of the forms of references.py."""
 
     messages: list[Message]
     images: list[Any] = field(default_factory=list)
@@ -156,6 +157,16 @@ def _is_empty(value: Any) -> bool:
     if isinstance(value, dict | list | tuple):
         return all(map(_is_empty, value.values() if isinstance(value, dict) else value))
     return not value if isinstance(value, bytes) else str(value).strip().lower() in (*EMPTY, "false")
+
+
+def unwrap_image(reference: Any) -> Any:
+    """The image that a dict holds, at any depth; None if it holds none. All other references are returned unchanged."""
+    while isinstance(reference, dict):
+        key = next((key for key in IMAGE_KEYS if hasattr(value := reference.get(key), "shape") or value), None)
+        reference = reference.get(key)  # an array has no truth value
+        if key in ("base64", "data") and isinstance(reference, str) and not reference.startswith("data:"):
+            reference = f"data:;base64,{reference}"  # never a path
+    return reference
 
 
 def _list_images(record: dict[str, Any], sample_id: str) -> list[Any]:
@@ -244,14 +255,12 @@ def _read_part(part: Any, sample_id: str) -> tuple[str, list[Any]]:
     kind = part.get("type") if isinstance(part, dict) else type(part).__name__
     if isinstance(part, dict):
         _refuse_unsupported(part, sample_id)
-    if kind == "text":
+    if kind in ("text", "input_text", "output_text"):
         return _read_text(part.get("text"), sample_id), []
-    if kind not in ("image", "image_url"):
+    if kind not in ("image", "image_url", "input_image"):
         text = f"content of type {reprlib.repr(kind):.80} is neither text nor image"
         raise SampleError(_find_kind(kind, "placeholders"), text, sample_id)
-    image = next((part[key] for key in IMAGE_KEYS if not _is_empty(part.get(key))), None)
-    if isinstance(image, dict) and image.get("url"):
-        image = image["url"]
+    image = unwrap_image({key: value for key, value in part.items() if not _is_empty(value)})
     return IMAGE_PART, [] if image is None else [image]
 
 

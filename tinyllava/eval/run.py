@@ -24,6 +24,7 @@ from typing import Any
 
 from tinyllava.cache import digest
 from tinyllava.data.images import find_file_fault
+from tinyllava.data.references import is_file_reference
 from tinyllava.errors import UserError
 from tinyllava.eval.answers import Answers, claim_folder
 from tinyllava.eval.ask import ask_questions, pick_evenly, to_sample
@@ -166,6 +167,6 @@ class Job:
 def check_images(name: str, questions: Sequence[Question]) -> None:
     """Raise UserError if images of the questions cannot be read. The error has their number and the first of them."""
     images = dict.fromkeys(image for question in questions for image in question.images)
-    errors = [error for image in images if (error := find_file_fault(image, ()))]
+    errors = [error for image in images if is_file_reference(image) and (error := find_file_fault(image, ()))]
     if errors:
         raise UserError(f"{name}: {len(errors)} of its {len(images)} images cannot be read: {errors[0]}.")

@@ -102,7 +102,8 @@ class Session:
     def chat(self, text: str, images: Images = None, **generation: Any) -> str:
         """Ask a question and return the answer. Both stay in the conversation, which an error does not change.
 
-        images: paths, URLs, bytes or PIL images. They go before the text, unless `<image>` in it marks their place.
+        images: one or a list, in any form that records have (docs/images.md). They go before the text, unless `<image>`
+        in it marks their place.
         generation: the options of `generate`.
         """
         asked = self._add_question(text, images)

@@ -17,6 +17,7 @@ from transformers.image_transforms import to_pil_image
 from transformers.image_utils import make_flat_list_of_images
 from transformers.processing_utils import MultiModalData
 
+from tinyllava.data.images import open_image
 from tinyllava.data.sample import IMAGE_TOKEN
 from tinyllava.data.tiles import Grid, Tiles, count_image_tokens, count_views
 from tinyllava.model.configuration import TinyLlavaConfig
@@ -82,7 +83,7 @@ class TinyLlavaProcessor(LlavaProcessor):
         if self.tiles is None:
             return super()._process_images(images, **kwargs)
         images = [
-            (image if isinstance(image, Image.Image) else to_pil_image(image)).convert("RGB")
+            open_image(image if isinstance(image, Image.Image) else to_pil_image(image))
             for image in make_flat_list_of_images(images)
         ]
         grids = self.choose_grids([image.size for image in images])

@@ -170,7 +170,7 @@ def build_item(
     """Build one line of items.jsonl. `score` is in 0..1, or None if only a server knows the right answer."""
     return {
         "id": question.id,
-        "image": question.images[0] if question.images else "",
+        "image": _name_image(question.images[0]) if question.images else "",
         "answer": answer,
         "parsed": parsed,
         "gold": question.answer,
@@ -178,6 +178,11 @@ def build_item(
         "category": question.category,
         **more,
     }
+
+
+def _name_image(image: str) -> str:
+    """The path or URL of an image, or a hash in place of its content."""
+    return f"data:{hashlib.sha256(image.encode()).hexdigest()[:16]}" if image.startswith("data:") else image
 
 
 def build_result(
