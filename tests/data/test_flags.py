@@ -351,6 +351,10 @@ def test_images_and_boxes_in_unread_places_are_counted(style):
     for key in ("image", "images"):
         assert find_kind(style, ("user", "what?", {key: ["a.jpg"]}), ANSWER) == "placeholders"
         assert find_kind(style, ("user", "<image>?", {key: [None]}), ANSWER, image="a.jpg") is None
+    for key in ("image_path", "image_url", "img"):
+        assert find_kind(style, QUESTION, ANSWER, **{key: "a.jpg"}) == "unsupported_image_key"
+        assert find_kind(style, QUESTION, ANSWER, **{key: None}) is None
+        assert find_kind(style, ("user", "<image>?"), ANSWER, image="a.jpg", **{key: "https://origin"}) is None
     boxes = {"ref": ["dog"], "bbox": [[1, 2, 3, 4]]}
     for turns in ((QUESTION, ("assistant", "at <bbox>")), (("user", "find <ref-object>"), ANSWER)):
         assert find_kind(style, *turns, objects=boxes) == "unsupported_boxes"

@@ -49,6 +49,7 @@ KINDS = {
     "unsupported_tool": "uses tools",
     "unsupported_preference": "preference data: chosen and rejected answers",
     "unsupported_text": "has text beside its turns: a history, reasoning",
+    "unsupported_image_key": "its images have a key that is not read",
     "unsupported_boxes": "boxes to be written into its text",
     "unsupported_weight": "a weight or flag that cannot be honoured",
 }

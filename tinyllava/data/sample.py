@@ -45,6 +45,8 @@ UNSUPPORTED = {
     "unsupported_text": "history documents reasoning_content thinking chat_template_kwargs",
 }
 KIND_OF_KEY = {key: kind for kind, keys in UNSUPPORTED.items() for key in keys.split()}
+# Keys whose images are not read. Beside images that are read, they are only where those come from.
+UNREAD_IMAGES = dict.fromkeys(("image_path", "image_paths", "image_file", "image_url", "img"), "unsupported_image_key")
 WORDS = ("video", "audio", "file", "tool")  # in the type of a part and in the role of a turn: a kind for each
 # Keys under which a dict may hold its image: `datasets`, transformers, OpenAI and Anthropic.
 IMAGE_KEYS = ("bytes", "image", "image_url", "url", "path", "source", "base64", "data")
@@ -117,6 +119,7 @@ class Sample:
         if not _is_empty(record.get("objects")) and any(mark in turn.text for turn in messages for mark in BOX_MARKS):
             text = f"its text has {' or '.join(BOX_MARKS)}, but its `objects` are not read. Write the boxes as text"
             raise SampleError("unsupported_boxes", text, sample_id)
+        _refuse_unsupported(record, sample_id, {} if images or waiting else UNREAD_IMAGES)
         return cls(_merge_turns(messages), images + waiting, sample_id)
 
     def to_messages(self, parts: bool = False) -> list[dict[str, Any]]:
@@ -180,12 +183,12 @@ def _list_images(record: dict[str, Any], sample_id: str) -> list[Any]:
     return image or images
 
 
-def _refuse_unsupported(holder: dict[str, Any], sample_id: str) -> None:
+def _refuse_unsupported(holder: dict[str, Any], sample_id: str, kinds: dict[str, str] = KIND_OF_KEY) -> None:
     """Raise SampleError if a record, a turn or a part holds a video, tools, or anything else that is not read."""
-    for key in sorted(holder.keys() & KIND_OF_KEY.keys()):
+    for key in sorted(holder.keys() & kinds.keys()):
         if not _is_empty(holder[key]):
             text = f"its '{key}' ({reprlib.repr(holder[key]):.80}) is not supported. Remove the key or the record"
-            raise SampleError(KIND_OF_KEY[key], text, sample_id)
+            raise SampleError(kinds[key], text, sample_id)
 
 
 def _find_kind(name: Any, otherwise: str) -> str:
