@@ -71,8 +71,9 @@ def check_model_files(directory: Path) -> None:
         else:
             check_file(path)
     shards = {f"{match[1]}.{match[2]}" for path in paths if (match := SHARD.fullmatch(path.name))}
+    is_indexed = any(path.name.endswith(".index.json") for path in paths)  # ours has one index for all parts
     for whole in sorted(shards):
-        if not (directory / f"{whole}.index.json").exists() and not (directory / whole).exists():
+        if not is_indexed and not (directory / whole).exists():
             raise UserError(f"{directory} has shards of {whole}, but no {whole}.index.json. Copy that file too.")
 
 

@@ -1,12 +1,14 @@
 """Directories that others wrote, whole or damaged, and keywords of `from_pretrained`: loaded, or refused in a line."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import constants
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import BitsAndBytesConfig, CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
@@ -14,15 +16,19 @@ from transformers import BitsAndBytesConfig, CLIPVisionConfig, LlamaConfig, Llav
 import tinyllava as package
 from tests.cli_tools import CommandResult, assert_refused, recipe, run_command_line, write_recipe  # noqa: F401  (the fixture `tinyllava`)
 from tests.conftest import CLIP, LLAMA
+from tests.hub_server import COMMIT
 from tests.tiny_session import NEW, PICTURES, tiny_session
 from tests.tiny_vlm import build_moved_vlm, build_tiny, compute_logits
 from tinyllava import checkpoint
-from tinyllava.config import ModelSpec
+from tinyllava.checkpoint import weight_files
+from tinyllava.checkpoint.adapter import has_adapter
+from tinyllava.config import ModelSpec, load_recipe
 from tinyllava.errors import UserError
 from tinyllava.eval.run import hash_checkpoint
 from tinyllava.infer import find_checkpoint
 from tinyllava.model.build import build
 from tinyllava.model.parts import NANO_FOLDER
+from tinyllava.train.stage import run
 
 Damage = Callable[[Path], object]
 WEIGHTS, SHARDS = "model.safetensors", "model.safetensors.index.json"
@@ -203,6 +209,13 @@ def test_a_damaged_set_of_shards_is_refused_with_the_reason(name: str, published
     assert_told(copy, reason)
 
 
+def test_shards_of_ours_are_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weight_files, "SHARD_SIZE", "50KB")
+    checkpoint.save(build_moved_vlm(), tmp_path)
+    assert list(tmp_path.glob("language_model-*-of-*.safetensors"))
+    checkpoint.load(tmp_path)
+
+
 @pytest.mark.parametrize("record", ["{}", "[]", '{"format": "x", "files": 3}', '{"format": 1'])
 def test_a_broken_record_of_ours_is_refused(record: str, tmp_path: Path) -> None:
     shutil.copytree(NANO_FOLDER / "model", tmp_path / "copy")
@@ -312,7 +325,9 @@ def test_an_adapter_alone_is_put_onto_its_base(
     torch.testing.assert_close(compute_logits(saved.model, saved.processor, pictures), expected)
 
 
-def test_a_missing_base_is_told_with_the_places_searched(published: Path, tmp_path: Path) -> None:
+def test_a_missing_base_is_told_with_the_places_searched(
+    published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     directory = tmp_path / "adapter"
     write_peft(published, directory, "me/gone")
     assert find_checkpoint(directory) == directory
@@ -320,6 +335,13 @@ def test_a_missing_base_is_told_with_the_places_searched(published: Path, tmp_pa
     for name, reason in ((None, "names no base"), ("/gone", r"missing: '/gone'. Looked in /gone\."), (".", "missing")):
         set_fields("adapter_config.json", base_model_name_or_path=name)(directory)
         assert_told(directory, reason)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    cached = tmp_path / "hub" / "models--me--gone"
+    shutil.copytree(published, cached / "snapshots" / COMMIT)
+    (cached / "refs").mkdir()
+    write("main", COMMIT)(cached / "refs")
+    set_fields("adapter_config.json", base_model_name_or_path="me/gone")(directory)
+    assert has_adapter(package.load(directory, device="cpu").model)
     set_fields("adapter_config.json", base_model_name_or_path=str(published))(directory)
     before = hash_checkpoint(directory)
     for fields, reason in (
@@ -337,6 +359,30 @@ def test_a_missing_base_is_told_with_the_places_searched(published: Path, tmp_pa
     assert hash_checkpoint(directory) != before
     (directory / "adapter_model.safetensors").unlink()
     assert_told(directory, "adapter_model.safetensors is missing")
+
+
+def test_a_run_starts_from_an_adapter_alone(published: Path, pictures: Path, tmp_path: Path) -> None:
+    write_peft(published, tmp_path / "adapter", published)
+    content = recipe(pictures, model={"checkpoint": str(tmp_path / "adapter"), "lacking": {"template": "llama"}})
+    content["stages"] = {"finetune": content["stages"]["finetune"]}
+    content["stages"]["finetune"]["trainer"] |= {"max_steps": 1, "save_steps": 1}
+    final = run(load_recipe(str(write_recipe(tmp_path, content))), "tiny", tmp_path / "run")
+    assert has_adapter(checkpoint.load(final).model)
+    umask = os.umask(0)
+    os.umask(umask)
+    modes = {path.stat().st_mode & 0o777 for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    assert modes == {0o666 & ~umask}
+
+
+def test_no_path_of_this_machine_is_saved(tmp_path: Path) -> None:
+    for part in ("llm", "vision_tower"):
+        shutil.copytree(NANO_FOLDER / part, tmp_path / "parts" / part)
+    parts = {part: str(tmp_path / "parts" / part) for part in ("llm", "vision_tower")}
+    vlm = build(ModelSpec.model_validate({**parts, "connector": "mlp2x_gelu", "template": "plain"}))
+    checkpoint.save(vlm, tmp_path / "saved")
+    checkpoint.save(checkpoint.load(tmp_path / "saved"), tmp_path / "again")
+    texts = [path for path in tmp_path.glob("[sa]*/*") if path.suffix in {".json", ".jinja"}]
+    assert len(texts) > 10 and not any(str(tmp_path) in path.read_text() for path in texts)
 
 
 # -- keywords ----------------------------------------------------------------------------------------------------------

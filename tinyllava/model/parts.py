@@ -98,7 +98,8 @@ def load_part(
             options["key_mapping"] = {r"^vision_tower\.": ""}
         with silence_transformers():
             model, info = load_named(part, name, auto.from_pretrained, **options)
-        model.config.name_or_path = name  # `nano`, not the folder of the package on this machine
+        # A path on this machine says nothing to others, and they should not see it.
+        model.config.name_or_path = Path(name).name if Path(name).expanduser().exists() else name
         if missing := sorted(info["missing_keys"]):
             count, first = len(missing), ", ".join(missing[:3])
             logger.warning("%d weights are missing in %s and start random: %s ...", count, name, first)

@@ -24,7 +24,7 @@ from tinyllava.model.image_processor import KEEP_SIZE, RAW, load_trusted_class
 
 # How a tokenizer was loaded, which transformers would write into its files. An "auto_map" names code that is not there.
 LOADING = {"auto_map", "backend", "from_slow", "is_local", "local_files_only", "name_or_path", "processor_class"}
-LOADING |= {"special_tokens_map_file", "tokenizer_file", "trust_remote_code", "use_fast"}
+LOADING |= {"_commit_hash", "special_tokens_map_file", "tokenizer_file", "trust_remote_code", "use_fast"}
 
 
 class TinyLlavaProcessor(LlavaProcessor):
