@@ -15,8 +15,15 @@ from tinyllava.errors import UserError
 FAULTS = (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError, AssertionError)
 FAULTS += (UnpicklingError,)
 POINTER = b"version https://git-lfs"
-CHECKED = ("*config.json", "tokenizer*.json", "*.index.json", "special_tokens_map.json", "added_tokens.json")
-CHECKED += ("chat_template.*", "*.model", "*.bin", "*.safetensors")
+CHECKED = ("config.json", "generation_config.json", "adapter_config.json", "*processor_config.json", "*.index.json")
+CHECKED += (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.*",
+)
+CHECKED += ("tokenizer.model", "pytorch_model*.bin", "adapter_model*.bin", "*.safetensors")
 SHARD = re.compile(r"(.+)-\d+-of-\d+\.(safetensors|bin)")
 
 

@@ -32,6 +32,7 @@ from tinyllava.train.stage import run
 
 Damage = Callable[[Path], object]
 WEIGHTS, SHARDS = "model.safetensors", "model.safetensors.index.json"
+CLIP_PROCESSOR = {"image_processor_type": "CLIPImageProcessor", "do_center_crop": False, "crop_size": None}
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
 
 
@@ -163,6 +164,10 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "code in a pickle": (pickle({"a": Evil()}), "as plain tensors.*safetensors"),
     "a pickled list": (pickle([1]), "other things than named tensors"),
     "truncated pickle": (lambda d: (pickle()(d), cut("pytorch_model.bin")(d)), "as plain tensors"),
+    "no square": (
+        set_fields("processor_config.json", image_processor={"size": {"longest_edge": 32}, **CLIP_PROCESSOR}),
+        "expected squares of one size",
+    ),
     "half an adapter": (
         write("adapter_model.safetensors", b"\2" + b"\0" * 7 + b"{}"),
         "adapter_config.json is missing",
@@ -216,11 +221,11 @@ def test_shards_of_ours_are_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     checkpoint.load(tmp_path)
 
 
-@pytest.mark.parametrize("record", ["{}", "[]", '{"format": "x", "files": 3}', '{"format": 1'])
+@pytest.mark.parametrize("record", ["{}", "[]", '{"format": 1, "files": 3}', '{"format": 1', '{"format": 9}'])
 def test_a_broken_record_of_ours_is_refused(record: str, tmp_path: Path) -> None:
     shutil.copytree(NANO_FOLDER / "model", tmp_path / "copy")
     write("tinyllava.json", record)(tmp_path / "copy")
-    assert_told(tmp_path / "copy", r"tinyllava.json")
+    assert_told(tmp_path / "copy", "newer version" if "9" in record else r"tinyllava.json")
 
 
 def test_a_file_that_may_not_be_read_does_not_count_as_missing(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:

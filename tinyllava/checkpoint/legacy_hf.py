@@ -81,11 +81,14 @@ def imply_fields(config: LlavaConfig, images: Any) -> dict[str, Any]:
     """The fields of our config that Llava's config and its image processor imply."""
     prefix = find_family(config.vision_config).prefix_tokens(config.vision_config)
     size = images.crop_size or images.size
+    side = size.get("height") or size.get("shortest_edge")
+    if not side:
+        raise UserError(f"the image processor makes images of the size {dict(size)}, expected squares of one size.")
     return {
         "connector": {"mlp": {"layers": 2, "act": config.projector_hidden_act}},
         "prefix_tokens": prefix,
         "drop_first_patch": prefix == 0,  # Llava's "default" always drops the first token
-        "image_size": size.get("height") or size["shortest_edge"],
+        "image_size": side,
         "image_mean": list(images.image_mean),
         "image_std": list(images.image_std),
     }

@@ -40,13 +40,13 @@ def read_record(directory: Path) -> dict[str, Any] | None:
             " Use an earlier checkpoint, or copy it again."
         )
     record = read_json(directory / RECORD)
-    version, files = record.get("format"), record.get("files")
-    if not isinstance(version, int) or not isinstance(files, dict):
-        raise UserError(f"{directory / RECORD} is not the record of a checkpoint. Copy it again.")
-    if version > FORMAT:
+    version, files, model = (record.get(name) for name in ("format", "files", "model"))
+    if isinstance(version, int) and version > FORMAT:
         raise UserError(
             f"{directory} was written by a newer version of tinyllava (format {version}). Update tinyllava."
         )
+    if not version or not isinstance(files, dict) or "connector" not in (model or ()):
+        raise UserError(f"{directory / RECORD} is not the record of a checkpoint. Copy it again.")
     for name, size in files.items():
         actual = (directory / name).stat().st_size if (directory / name).is_file() else None
         if actual != size:
