@@ -45,7 +45,6 @@ from tinyllava.data.template import ORIGINALS, Template, add_image_token
 from tinyllava.errors import UserError
 from tinyllava.factory import Factory
 from tinyllava.files import read_json
-from tinyllava.llms import import_llm
 from tinyllava.model.build import get_default_template
 from tinyllava.model.configuration import TinyLlavaConfig
 from tinyllava.model.image_processor import combine_image_fields, make_llava_image_processor
@@ -172,7 +171,7 @@ KEYWORDS = list(inspect.signature(read_legacy).parameters)[1:]  # of `read_legac
 def convert_config(fields: Mapping[str, Any]) -> PreTrainedConfig:
     """Today's config from a config of transformers 4.40.1, with the defaults of that version for missing fields."""
     model_type = fields.get("model_type")
-    import_llm(model_type)
+    Factory("llms").import_file(model_type)
     import_tower(model_type)
     try:
         known = AutoConfig.for_model(model_type)

@@ -248,21 +248,15 @@ class TinyLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         kwargs |= {"attention_mask": attention_mask, "position_ids": position_ids}
         kwargs |= {"image_grids": image_grids, "mm_encoder_outputs": mm_encoder_outputs}
         outputs = self.model(input_ids=input_ids, pixel_values=pixel_values, **kwargs)
-        hidden = outputs.last_hidden_state  # [B, L, D]
+        others = dict(outputs)  # what it shares with the outputs of the whole model: cache, hidden states, ...
+        hidden = others.pop("last_hidden_state")  # [B, L, D]
         loss = logits = None
         if labels is not None:
             loss = self.compute_supervised_loss(hidden, labels, num_items_in_batch)
         else:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.compute_logits(hidden[:, kept])
-        return LlavaCausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            image_hidden_states=outputs.image_hidden_states,
-        )
+        return LlavaCausalLMOutputWithPast(loss=loss, logits=logits, **others)
 
     def compute_supervised_loss(self, hidden: Tensor, labels: Tensor, num_items: Tensor | int | None = None) -> Tensor:
         """Cross entropy of the next token over supervised positions: [B, L, D], [B, L] -> scalar, in fp32.

@@ -19,13 +19,12 @@ from tinyllava.config import PART_TITLES, LLMSpec, ModelSpec, TokenizerSpec, Vis
 from tinyllava.errors import UserError
 from tinyllava.factory import Factory, suggest_nearest
 from tinyllava.files import FAULTS, check_model_files, shorten_error
-from tinyllava.llms import import_llm
 from tinyllava.model import gguf
 from tinyllava.vision_towers import get_family_name, import_tower, is_composite, join_tower_configs, split_tower_name
 
 logger = logging.getLogger("tinyllava")
 FAMILIES = {"llm": "llms", "vision_tower": "vision_towers"}
-IMPORTS = {"llm": import_llm, "vision_tower": import_tower}
+IMPORTS = {"llm": Factory("llms").import_file, "vision_tower": import_tower}
 TITLES = {**PART_TITLES, "tokenizer": "tokenizer"}  # names in messages
 PART_KEYS = {"tokenizer": "llm.tokenizer"}  # keys of a recipe's `model:` that differ from the part's name
 PART_FOLDERS = {"tokenizer": "llm"}  # folders of nano/ that differ from the part's name

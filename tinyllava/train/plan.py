@@ -60,11 +60,6 @@ class Plan:
         self.order = order
 
     @property
-    def steps_per_epoch(self) -> int:
-        """Optimiser steps of an epoch; the last one may be smaller."""
-        return -(-len(self.lengths) // self.global_batch_size)
-
-    @property
     def batches_per_epoch(self) -> int:
         """Micro-batches of one rank in an epoch."""
         whole, rest = divmod(len(self.shuffle(0)), self.global_batch_size)
@@ -88,10 +83,6 @@ class Plan:
             steps = near[:whole].reshape(-1, size)
             exchanged += [steps[rng.permutation(len(steps))].ravel(), near[whole:]]
         return np.concatenate(exchanged)
-
-    def get_step(self, epoch: int, step: int) -> np.ndarray:
-        """The samples of one optimiser step."""
-        return self.shuffle(epoch)[step * self.global_batch_size : (step + 1) * self.global_batch_size]
 
     def split_step(self, samples: np.ndarray) -> list[list[list[Entry]]]:
         """The samples of a step as [rank][micro-batch][entry].
@@ -122,13 +113,3 @@ class Plan:
         order = self.shuffle(epoch)
         for start in range(0, len(order), self.global_batch_size):
             yield from self.split_step(order[start : start + self.global_batch_size])[rank]
-
-    def measure_padding(self) -> float:
-        """The share of padding in all positions of an epoch."""
-        used = padded = 0
-        for rank in range(self.world_size):
-            for batch in self.iterate_epoch(0, rank):
-                lengths = self.lengths[[entry.sample for entry in batch]]
-                used += int(lengths.sum())
-                padded += int(lengths.max()) * len(batch)
-        return 1.0 - used / padded if padded else 0.0

@@ -15,16 +15,17 @@ A stage that quantises weights saves the unquantised ones in start/, unless it s
 import logging
 import os
 import shutil
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 
 from tinyllava import atomic
 from tinyllava.checkpoint import is_whole
 from tinyllava.config import Recipe, Stage
-from tinyllava.console import is_main_process, messages
+from tinyllava.console import is_main_process
 from tinyllava.data.dataset import SupervisedDataset, build_dataset, hold_out
 from tinyllava.data.options import DataOptions
 from tinyllava.data.streaming import StreamingDataset
@@ -32,9 +33,8 @@ from tinyllava.data.template import Template
 from tinyllava.errors import UserError
 from tinyllava.model.vlm import VLM
 from tinyllava.train.arguments import make_arguments
-from tinyllava.train.callbacks import ProgressBar, RunLog
+from tinyllava.train.callbacks import RunLog
 from tinyllava.train.checkpoints import CheckpointWriter, find_last_checkpoint
-from tinyllava.train.parts_table import make_parts_table
 from tinyllava.train.precision import set_precision
 from tinyllava.train.record import RunRecord
 from tinyllava.train.sharding import check_sharding
@@ -62,7 +62,11 @@ class StageSetup:
     start_files: WeightFiles
 
 
-def run(recipe: Recipe, name: str, output: Path, overwrite: bool = False) -> Path:
+# Called with a stage's name, setup and directory before it trains: shows them, and returns what follows the training.
+Follow = Callable[[str, StageSetup, Path], Sequence[TrainerCallback]]
+
+
+def run(recipe: Recipe, name: str, output: Path, overwrite: bool = False, follow: Follow | None = None) -> Path:
     """Train all stages of `recipe` in the directory `output` and return the last stage's final checkpoint.
 
     Resumes an interrupted run and skips finished stages. Raises UserError when `output` holds another recipe's run.
@@ -79,20 +83,21 @@ def run(recipe: Recipe, name: str, output: Path, overwrite: bool = False) -> Pat
         if is_whole(final):
             logger.info("stage %s: already finished", stage)
         else:
-            run_stage(recipe, stage, previous, output / stage, record)
+            run_stage(recipe, stage, previous, output / stage, record, follow)
         previous = final
     return final
 
 
-def run_stage(recipe: Recipe, name: str, previous: Path | None, output: Path, record: RunRecord) -> None:
+def run_stage(
+    recipe: Recipe, name: str, previous: Path | None, output: Path, record: RunRecord, follow: Follow | None = None
+) -> None:
     """Run one stage in the directory `output`, from the checkpoint of the stage before: prepare, train, save."""
     setup = prepare_stage(recipe, name, previous, output)
     if is_main_process():
-        messages.print(make_parts_table(setup.parts, setup.args.learning_rate))
         facts = {"data": setup.dataset.sources, "bad_samples": setup.dataset.bad_records.to_dict()}
         record.update_stage(name, **facts, tuned=[vars(part) for part in setup.parts])
 
-    trainer = make_trainer(setup, name, output, record)
+    trainer = make_trainer(setup, name, output, record, callbacks=follow(name, setup, output) if follow else ())
     last = find_last_checkpoint(output)
     samples = "streamed data" if isinstance(setup.dataset, StreamingDataset) else f"{len(setup.dataset):,} samples"
     logger.info("stage %s: %s", name, f"resuming from {last.name}" if last else f"training on {samples}")
@@ -160,7 +165,12 @@ def make_data_options(recipe: Recipe, stage: Stage, vlm: VLM) -> DataOptions:
 
 
 def make_trainer(
-    setup: StageSetup, name: str, output: Path, record: RunRecord, order: list[int] | None = None
+    setup: StageSetup,
+    name: str,
+    output: Path,
+    record: RunRecord,
+    order: list[int] | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> Trainer:
     """The Trainer of a stage. `order` fixes the order of samples (see plan.py)."""
     if setup.args.use_cpu and "OMP_NUM_THREADS" not in os.environ and setup.vlm.model.num_parameters() < ONE_THREAD:
@@ -172,6 +182,6 @@ def make_trainer(
         dataset=setup.dataset,
         validation=setup.validation,
         writer=CheckpointWriter(setup.vlm, name, record, setup.start_files),
-        callbacks=[RunLog(output), ProgressBar(name)],
+        callbacks=[RunLog(output), *callbacks],
         order=order,
     )

@@ -64,7 +64,7 @@ class Trainer(transformers.Trainer):
             data_collator=Collator(vlm.tokenizer.pad_token_id),
             callbacks=callbacks,
         )
-        self.remove_callback(PrinterCallback)  # our ProgressBar shows the numbers
+        self.remove_callback(PrinterCallback)  # it would print every log
 
     # -- batches -------------------------------------------------------------------------------------------------------
 

@@ -15,7 +15,7 @@ import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 from tinyllava.errors import UserError
 
@@ -44,6 +44,13 @@ class Question:
 
 
 Pair = tuple[Question, Answer | None]  # None: the answer is missing
+
+
+class OfficialAnswers(NamedTuple):
+    """The answers of a file in the form of a benchmark's own tool, with the ids of our questions."""
+
+    records: list[Answer]
+    questions: list[Question]  # those that the file is for: POPE's tool takes one category a file
 
 
 @dataclass
@@ -108,6 +115,13 @@ class Benchmark:
     def key(self, record: Answer) -> str:
         """The key that matches an answer to its question. `record` has the question_id and prompt of either."""
         return str(record["question_id"])
+
+    def read_official(self, path: Path, questions: list[Question]) -> OfficialAnswers | None:
+        """The answers in `path`, a file or a folder in the form of the official tool; None if it has another form.
+
+        JSON lines or a list of records with an id and a text, and an object id -> answer, need no method.
+        """
+        return None
 
     def parse(self, text: str, question: Question) -> Any:
         """The parsed answer; None if it cannot be read."""

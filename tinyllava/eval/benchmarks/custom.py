@@ -9,7 +9,7 @@ the prompt, and nothing is added to it. `metric` says how an answer is scored. T
 else exact.
 
     exact    equal to the answer or to one of `accept`; case, a final period and a leading article are ignored
-    choice   the right one of `options`, by its text or its letter: "B", "b.", "(B)"
+    choice   the right one of `options`, by its text, its letter or both: "blue", "B", "(B) blue", "The answer is B."
     yes-no   the first yes or no among the words
     soft     the share of people who agree, as in VQAv2: three of ten people give the full score
 """
@@ -22,6 +22,7 @@ from typing import Any
 from tinyllava.errors import UserError
 from tinyllava.eval import benchmarks
 from tinyllava.eval.benchmarks import Pair, Question, Root, average, drop_missing
+from tinyllava.eval.benchmarks._choice import choose_option, normalize
 from tinyllava.eval.benchmarks._files import get_field, read_jsonl
 from tinyllava.eval.benchmarks._vqa import normalize_m4c
 
@@ -85,23 +86,10 @@ def check_question(question: Question, path: Path) -> None:
         )
 
 
-def normalize(text: str) -> str:
-    """Normalise to lower case and single spaces, without a final period and a leading article: "A  cat." is "cat"."""
-    text = " ".join(text.lower().split()).rstrip(".").rstrip()
-    return re.sub(r"^(a|an|the) (?=\S)", "", text)
-
-
 def match_option(text: str, options: Sequence[str]) -> str | None:
-    """The option that an answer names by its text or its letter; None if there is none.
-
-    A letter that is itself an option counts as a text.
-    """
-    answer = normalize(text)
-    known = [normalize(option) for option in options]
-    letter = re.fullmatch(r"\(?([a-z])\)?", answer)
-    if letter and answer not in known and ord(letter[1]) - ord("a") < len(known):
-        return known[ord(letter[1]) - ord("a")]
-    return answer if answer in known else None
+    """The option, normalised, that an answer names by its text, its letter or both; None if it names none, or two."""
+    index = choose_option(text, options)
+    return None if index is None else normalize(options[index])
 
 
 def parse_yes_no(text: str) -> str | None:
@@ -144,7 +132,7 @@ class Benchmark(benchmarks.Benchmark):
     """The questions of a JSONL; the score is the mean of their metrics."""
 
     title = "Custom"
-    scorer = "tinyllava custom 1"
+    scorer = "tinyllava custom 2"
     folder = "custom"
     needs_root = False  # the name of the task is the file
     has_options = True
