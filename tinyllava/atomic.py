@@ -6,6 +6,7 @@ it is never half written.
 """
 
 import errno
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -39,6 +40,18 @@ def write_file(path: Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
+def apply_umask(directory: Path) -> None:
+    """Give the files in `directory` the mode that the umask allows: safetensors writes its files for their owner only.
+
+    Links to files of other directories keep their mode.
+    """
+    umask = os.umask(0)
+    os.umask(umask)
+    for path in directory.rglob("*.safetensors"):
+        if path.stat().st_nlink == 1:
+            path.chmod(0o666 & ~umask)
+
+
 @contextmanager
 def write_directory(directory: Path) -> Iterator[Path]:
     """Yield an empty directory; it replaces `directory` when the block ends without an error.
@@ -51,6 +64,7 @@ def write_directory(directory: Path) -> Iterator[Path]:
     partial.mkdir(parents=True)
     try:
         yield partial
+        apply_umask(partial)
         if directory.exists():
             shutil.rmtree(directory)
         partial.rename(directory)

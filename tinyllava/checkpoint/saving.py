@@ -6,11 +6,13 @@ from typing import Any
 
 from torch import Tensor
 
+from tinyllava import atomic
 from tinyllava.checkpoint.adapter import has_adapter, write_adapter
 from tinyllava.checkpoint.layout import explain_not_plain, make_plain_config, to_published_state
 from tinyllava.checkpoint.record import FORMAT, write_record
 from tinyllava.checkpoint.weight_files import write_weights
 from tinyllava.model.configuration import TinyLlavaConfig
+from tinyllava.model.processor import clean_tokenizer
 from tinyllava.model.vlm import VLM
 
 
@@ -36,10 +38,12 @@ def save(
         config.architectures = [type(model).__name__]
     config.save_pretrained(directory)
     model.generation_config.save_pretrained(directory)
+    clean_tokenizer(vlm.tokenizer)
     (vlm.processor.to_plain() if plain else vlm.processor).save_pretrained(directory)
     files = write_weights(to_published_state(model, state), directory, reuse or {})
     if has_adapter(model):
         write_adapter(model, state, directory, base=[file for part in files.values() for file in part])
+    atomic.apply_umask(directory)
     record = {
         "format": FORMAT,
         "plain": plain,

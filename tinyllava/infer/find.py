@@ -29,7 +29,7 @@ def find_checkpoint(path: str | Path) -> Path:
     name, path = str(path), Path(path).expanduser()
     if not path.is_dir():
         return download_checkpoint(name)
-    if (path / "config.json").is_file():
+    if any(os.path.lexists(path / name) for name in ("config.json", "adapter_config.json")):
         return path
     run = path / "run.json"
     stages = json.loads(run.read_text(encoding="utf-8"))["stages"] if run.is_file() else {}

@@ -176,7 +176,8 @@ def assemble(config: TinyLlavaConfig, parts: LoadedParts, seed: int) -> TinyLlav
     model.model.multi_modal_projector = projector.to(dtype=llm.dtype)
     model.lm_head = llm.get_output_embeddings()
     model.config.vision_config, model.config.text_config = tower.config, llm.config
-    model.config.dtype = llm.dtype
+    model.config.dtype = llm.config.dtype = llm.dtype
+    tower.config.dtype = tower.dtype
     if llm.generation_config is not None:
         model.generation_config = llm.generation_config
     model.generation_config.suppress_tokens = [config.image_token_id]  # a placeholder is never part of an answer

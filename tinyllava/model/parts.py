@@ -18,6 +18,7 @@ from transformers.utils import logging as transformers_logging
 from tinyllava.config import PART_TITLES, LLMSpec, ModelSpec, TokenizerSpec, VisionTowerSpec
 from tinyllava.errors import UserError
 from tinyllava.factory import Factory, suggest_nearest
+from tinyllava.files import FAULTS, check_model_files, shorten_error
 from tinyllava.model import gguf
 from tinyllava.vision_towers import get_family_name, import_tower, join_tower_configs, split_tower_name
 
@@ -66,10 +67,21 @@ def read_named_config(part: str, name: str) -> PreTrainedConfig:
 
     def read(name: str, **kwargs: Any) -> PreTrainedConfig:
         fields, _ = PreTrainedConfig.get_config_dict(name, **kwargs)
+        check_unquantised(name, fields.get("quantization_config"))
         IMPORTS[part](fields.get("model_type"))  # before AutoConfig, which may know it only after this import
         return AutoConfig.from_pretrained(name, **kwargs)
 
     return load_named(part, name, read)
+
+
+def check_unquantised(name: object, settings: dict[str, Any] | None) -> None:
+    """Raise UserError for the `quantization_config` of stored weights: packed weights cannot be trained or merged."""
+    if settings:
+        method = dict(settings).get("quant_method")
+        raise UserError(
+            f"the weights in {name} are stored quantised ({method}). Give the ones that they were made from; qlora in a"
+            " recipe, and load_in_4bit=True, quantise them."
+        )
 
 
 def load_part(
@@ -85,7 +97,8 @@ def load_part(
             options["key_mapping"] = {r"^vision_tower\.": ""}
         with silence_transformers():
             model, info = load_named(part, name, auto.from_pretrained, **options)
-        model.config.name_or_path = name  # `nano`, not the folder of the package on this machine
+        # A path on this machine says nothing to others, and they should not see it.
+        model.config.name_or_path = Path(name).name if Path(name).expanduser().exists() else name
         if missing := sorted(info["missing_keys"]):
             count, first = len(missing), ", ".join(missing[:3])
             logger.warning("%d weights are missing in %s and start random: %s ...", count, name, first)
@@ -143,10 +156,13 @@ def load_named(part: str, name: str, load: Callable, **kwargs: Any) -> Any:
     if name.endswith(".gguf"):
         name = str(gguf.convert_gguf(Path(name).expanduser()))
     local = Path(name).is_dir()
+    if local:
+        check_model_files(Path(name))
     try:
-        return load(name, local_files_only=not local and not is_hub_reachable(), **kwargs)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0].rstrip(".") if local else "neither a directory nor on the Hub"
+        offline = not local and not is_hub_reachable()
+        return load(name, local_files_only=offline, trust_remote_code=False, **kwargs)  # None asks on the terminal
+    except FAULTS as error:
+        reason = shorten_error(error) if local else "neither a directory nor on the Hub"
         if not local and not is_hub_reachable():
             reason = "no such directory, not in the Hub's cache, and the Hub cannot be reached"
         raise UserError(

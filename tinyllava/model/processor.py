@@ -23,6 +23,10 @@ from tinyllava.data.tiles import Grid, Tiles, count_image_tokens, count_views
 from tinyllava.model.configuration import TinyLlavaConfig
 from tinyllava.model.image_processor import KEEP_SIZE, RAW, load_trusted_class
 
+# How a tokenizer was loaded, which transformers would write into its files. An "auto_map" names code that is not there.
+LOADING = {"auto_map", "backend", "from_slow", "is_local", "local_files_only", "name_or_path", "processor_class"}
+LOADING |= {"_commit_hash", "special_tokens_map_file", "tokenizer_file", "trust_remote_code", "use_fast"}
+
 
 class TinyLlavaProcessor(LlavaProcessor):
     """Llava's processor with an explicit number of tokens per view, because some connectors change it.
@@ -144,6 +148,7 @@ def build_processor(
 ) -> TinyLlavaProcessor:
     """The processor of a model: image processor, tokenizer, chat template and number of image tokens."""
     tokenizer.chat_template = chat_template
+    clean_tokenizer(tokenizer)
     return TinyLlavaProcessor(
         image_processor=images,
         tokenizer=tokenizer,
@@ -155,6 +160,20 @@ def build_processor(
         tiles=config.tiles,
         code=config.image_processor,
     )
+
+
+def clean_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Let a tokenizer pad on the left, and forget how it was loaded and used, so that its files never depend on that.
+
+    Answers are appended on the right, so a batch of prompts must be padded on the left. Training pads by itself.
+    """
+    for name in LOADING:
+        tokenizer.init_kwargs.pop(name, None)
+    tokenizer.init_kwargs["padding_side"] = tokenizer.padding_side = "left"
+    tokenizer._processor_class = None  # saving a processor sets it
+    tokenizer.backend = "tokenizers"  # older files say "pil", and transformers then takes it for a slow tokenizer
+    tokenizer.backend_tokenizer.no_padding()
+    tokenizer.backend_tokenizer.no_truncation()
 
 
 AutoProcessor.register(TinyLlavaConfig, TinyLlavaProcessor)
