@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
+from tinyllava.data.fit import PROBE
 from tinyllava.model.vlm import VLM
 
 
@@ -21,16 +22,23 @@ class AnswerReader(NamedTuple):
     end_ids: frozenset[int]  # any of them ends an answer: the LLM's, the tokenizer's and the template's
     end_text: str  # the template's end of turn if it is not one token (a line break), else empty
     stop_texts: tuple[str, ...] = ()  # they end an answer too, and are not part of it
+    control_ids: frozenset[int] = frozenset()  # left out of answers: what the chat format and the tokenizer write
 
     @classmethod
     def from_vlm(cls, vlm: VLM) -> "AnswerReader":
         """The reader for the answers of a model."""
         tokenizer, eos = vlm.tokenizer, vlm.model.generation_config.eos_token_id
         ids = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
-        end = vlm.template.get_end_of_turn(tokenizer)
+        chat_format = vlm.template.bind(tokenizer).chat_format
+        text, _ = chat_format.render(PROBE, tokenizer)
+        named = {getattr(tokenizer, name) for name in tokenizer.SPECIAL_TOKENS_ATTRIBUTES}
+        # Other special tokens are content: `<|box_start|>` of Qwen2-VL, `<loc0001>` of PaliGemma.
+        special = {id_: token.content for id_, token in tokenizer.added_tokens_decoder.items() if token.special}
+        control = frozenset(id_ for id_, token in special.items() if token in named or token in text)
+        end = chat_format.end_of_turn
         if end in tokenizer.get_added_vocab():
-            return cls(tokenizer, frozenset({*ids, tokenizer.convert_tokens_to_ids(end)}), "")
-        return cls(tokenizer, frozenset(ids), end)
+            ids, end = {*ids, tokenizer.convert_tokens_to_ids(end)}, ""
+        return cls(tokenizer, frozenset(ids), end, control_ids=control)
 
     @property
     def end_texts(self) -> list[str]:
@@ -48,7 +56,8 @@ class AnswerReader(NamedTuple):
     def decode(self, ids: list[int]) -> str:
         """The answer up to its end, without spaces around it."""
         end = next((at for at, token in enumerate(ids) if token in self.end_ids), len(ids))
-        text = self.tokenizer.decode(ids[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        kept = [token for token in ids[:end] if token not in self.control_ids]
+        text = self.tokenizer.decode(kept, clean_up_tokenization_spaces=False)
         return min((text.partition(end)[0] for end in self.end_texts), key=len, default=text).strip()
 
     def decode_settled(self, ids: list[int]) -> str:

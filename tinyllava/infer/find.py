@@ -5,7 +5,6 @@ import logging
 import os
 import re
 import reprlib
-from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -13,9 +12,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, HTTPError, LocalEntryNotFoundError
 
 from tinyllava import checkpoint
-from tinyllava.checkpoint import legacy
 from tinyllava.errors import UserError
-from tinyllava.factory import suggest_nearest
 from tinyllava.model.parts import DTYPES, NANO, is_hub_reachable, locate_part
 
 logger = logging.getLogger("tinyllava")
@@ -90,11 +87,3 @@ def find_dtype(name: str | torch.dtype) -> str | torch.dtype:
     if not getattr(name, "is_floating_point", isinstance(name, str) and name in DTYPES):
         raise UserError(f"unknown dtype '{name}'. Known: {', '.join(DTYPES)}.")
     return DTYPES.get(name, name)
-
-
-def check_keywords(missing: Iterable[str], arguments: list[str]) -> None:
-    """Raise UserError for a keyword of `load` that is neither one of its `arguments` nor a missing value."""
-    known = [*arguments, *legacy.KEYWORDS]
-    for name in missing:
-        if name not in known:
-            raise UserError(f"load has no argument '{name}'{suggest_nearest(name, known)} Known: {', '.join(known)}.")

@@ -10,7 +10,6 @@ distinct image goes through the vision tower once, for any number of questions. 
 the LLM once.
 """
 
-import inspect
 import reprlib
 import sys
 import threading
@@ -32,7 +31,7 @@ from tinyllava.errors import UserError
 from tinyllava.infer.answer import AnswerReader, StopWhen, stream_ids
 from tinyllava.infer.decoding import Decoding, check_options, parse_decoding
 from tinyllava.infer.engine import Engine, make_padding_mask
-from tinyllava.infer.find import check_keywords, find_checkpoint, find_device, find_dtype
+from tinyllava.infer.find import find_checkpoint, find_device, find_dtype
 from tinyllava.infer.image_encoder import ImageEncoder, PromptSlice
 from tinyllava.infer.likelihood import Likelihood, check_answers, score_options, tokenize_answer
 from tinyllava.infer.prompts import POSITIONS, Prompt, make_batches, make_image_key, make_pools
@@ -84,7 +83,6 @@ class Session:
         values that a checkpoint of the original TinyLLaVA Factory does not contain, for example `template` (see
         `tinyllava.checkpoint.legacy`). Raises UserError if there is no complete checkpoint.
         """
-        check_keywords(missing, [*inspect.signature(cls.load).parameters][:-1])
         directory, device = find_checkpoint(path), find_device(device)
         dtype = find_dtype(dtype or ("float32" if device.type == "cpu" else "auto"))
         try:
