@@ -23,16 +23,14 @@ def add_own_tokens(tokenizer: Any, tokens: Sequence[str]) -> list[int]:
     cannot be such a token, or already is another one.
     """
     added = {token.content: token for token in tokenizer.added_tokens_decoder.values()}
-    for number, token in enumerate(tokens):
-        reason = None
-        if not token or token != token.strip() or IMAGE_TOKEN in token:
-            reason = f"a token has no spaces around it, and no {IMAGE_TOKEN} in it"
-        elif token in tokens[:number]:
-            reason = "it is listed twice"
+    for token in tokens:
+        if token != token.strip() or not token or IMAGE_TOKEN in token or tokens.count(token) > 1:
+            reason = f"each is listed once, with no spaces around it and no {IMAGE_TOKEN} in it"
         elif added[token].special if token in added else has_token(tokenizer, token):
-            reason = "the tokenizer has this token already, so it needs no new one"
-        if reason:
-            raise UserError(f"model.add_tokens: cannot add {token!r}: {reason}. Remove it.")
+            reason = "the tokenizer has this token already"
+        else:
+            continue
+        raise UserError(f"model.add_tokens: cannot add {token!r}: {reason}.")
     new = [token for token in tokens if token not in added]
     tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in new])
     return tokenizer.convert_tokens_to_ids(new)

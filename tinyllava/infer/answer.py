@@ -12,6 +12,7 @@ from transformers import StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
 from tinyllava.data.fit import PROBE
+from tinyllava.generation import Decoding
 from tinyllava.model.vlm import VLM
 
 
@@ -39,6 +40,10 @@ class AnswerReader(NamedTuple):
         if end in tokenizer.get_added_vocab():
             ids, end = {*ids, tokenizer.convert_tokens_to_ids(end)}, ""
         return cls(tokenizer, frozenset(ids), end, control_ids=control)
+
+    def add_ends(self, decoding: Decoding) -> "AnswerReader":
+        """A reader for which the ends of one call end an answer too."""
+        return self._replace(end_ids=self.end_ids | decoding.end_ids, stop_texts=decoding.stop_texts)
 
     @property
     def end_texts(self) -> list[str]:

@@ -1,9 +1,7 @@
 """Score given answers by their likelihood: multiple choice without parsing generated text."""
 
-import reprlib
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -27,15 +25,6 @@ class Likelihood(NamedTuple):
     def per_token(self) -> float:
         """The mean over the tokens, which does not penalise long answers."""
         return self.total / self.tokens
-
-
-def check_answers(options: Sequence[Sequence[str]], samples: int) -> None:
-    """Raise UserError unless `options` has a list of texts for each of so many samples."""
-    is_list = isinstance(options, Sequence) and all(isinstance(texts, list | tuple) for texts in options)
-    if not is_list or len(options) != samples or not all(isinstance(text, str) for text in chain(*options)):
-        raise UserError(
-            f"options: expected a list of texts for each of {samples} samples, found {reprlib.repr(options)}."
-        )
 
 
 def tokenize_answer(bound: BoundTemplate, sample: Sample, answer: str) -> tuple[list[int], list[bool]]:

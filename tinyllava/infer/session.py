@@ -21,19 +21,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, StoppingCriteria
-from transformers.generation.streamers import BaseStreamer
+from transformers import GenerationConfig
 
 from tinyllava import checkpoint
 from tinyllava.data.images import Reference, open_image
 from tinyllava.data.sample import IMAGE_PART, IMAGE_TOKEN, Message, Sample, SampleError
 from tinyllava.errors import UserError
+from tinyllava.generation import Decoding, check_answers, check_options, parse_decoding
 from tinyllava.infer.answer import AnswerReader, StopWhen, stream_ids
-from tinyllava.infer.decoding import Decoding, check_options, parse_decoding
 from tinyllava.infer.engine import Engine, make_padding_mask
 from tinyllava.infer.find import find_checkpoint, find_device, find_dtype
 from tinyllava.infer.image_encoder import ImageEncoder, PromptSlice
-from tinyllava.infer.likelihood import Likelihood, check_answers, score_options, tokenize_answer
+from tinyllava.infer.likelihood import Likelihood, score_options, tokenize_answer
 from tinyllava.infer.prompts import POSITIONS, Prompt, make_batches, make_image_key, make_pools
 from tinyllava.model.vlm import VLM
 
@@ -149,8 +148,8 @@ class Session:
         """Answers to the last turns of `samples`, in their order. A sample has one image, several or none.
 
         batch_size: rows of a batch; by default as many as fit into CACHE_BYTES. generation: max_new_tokens=512,
-        temperature=0 (greedy), and the options of transformers' `generate` (see decoding.py). Raises UserError for an
-        option that a session does not have, and SampleError for a bad sample.
+        temperature=0 (greedy), and the options of transformers' `generate` (see tinyllava/generation.py). Raises
+        UserError for an option that a session does not have, and SampleError for a bad sample.
         """
         answers = dict(self.generate_each(samples, batch_size, **generation))
         return [answers[index] for index in range(len(samples))]
@@ -159,10 +158,10 @@ class Session:
         self, samples: Sequence[Sample], batch_size: int | None = None, **generation: Any
     ) -> Iterator[tuple[int, str]]:
         """Yield (index, answer) when an answer ends. Questions on the same images come together, long ones first."""
-        decoding = parse_decoding(self.model, self.reader, **generation)
+        decoding = parse_decoding(self.model, **generation)
         for pool in self._make_pools(samples):
             prompts = {index: self.make_prompt(samples[index]) for index in pool}
-            limits = {index: self.limit_new_tokens(prompts[index], *decoding.limits) for index in pool}
+            limits = {index: self.limit_new_tokens(prompts[index], *decoding[:2]) for index in pool}
             for batch in self._make_batches(prompts, limits, batch_size):
                 rows = [prompts[index] for index in batch]
                 for row, answer in self._answer_batch(rows, limit=limits[batch[0]], decoding=decoding):
@@ -170,14 +169,14 @@ class Session:
 
     def stream_answer(self, sample: Sample, **generation: Any) -> Iterator[str]:
         """Yield the answer to one sample in pieces: joined, what `generate` returns. Closing it stops the model."""
-        decoding = parse_decoding(self.model, self.reader, **generation)
+        decoding = parse_decoding(self.model, **generation)
         if "num_beams" in decoding.options:
             raise UserError("num_beams cannot stream: the best beam is known at the end. Use chat or generate.")
         self._make_pools([sample])
         prompt = self.make_prompt(sample)
-        limit = self.limit_new_tokens(prompt, *decoding.limits)
+        limit = self.limit_new_tokens(prompt, *decoding[:2])
         with closing(stream_ids(partial(self._generate, [prompt], limit, decoding))) as ids:
-            yield from decoding.reader.stream_text(ids)
+            yield from self.reader.add_ends(decoding).stream_text(ids)
 
     def loglikelihood(
         self, samples: Sequence[Sample], options: Sequence[Sequence[str]], batch_size: int | None = None
@@ -268,25 +267,21 @@ class Session:
         if self.engine.position_bytes is None or decoding.options:
             yield from enumerate(self._generate(prompts, limit, decoding))
             return
-        for row, ids in self.engine.generate_greedy(prompts, limit, decoding.reader.has_ended):
-            yield row, decoding.reader.decode(ids)
+        reader = self.reader.add_ends(decoding)
+        for row, ids in self.engine.generate_greedy(prompts, limit, reader.has_ended):
+            yield row, reader.decode(ids)
 
     @torch.inference_mode()
     def _generate(
-        self,
-        prompts: list[Prompt],
-        max_new_tokens: int,
-        decoding: Decoding | None = None,
-        streamer: BaseStreamer | None = None,
-        stopping_criteria: Sequence[StoppingCriteria] = (),
+        self, prompts: list[Prompt], max_new_tokens: int, decoding: Decoding | None = None, **stream: Any
     ) -> list[str]:
-        """Answers of one batch by transformers' `generate`: all its options, for any LLM."""
-        reader, _, options = decoding or parse_decoding(self.model, self.reader)
-        options = {**options, "eos_token_id": sorted(reader.end_ids) or None, "max_new_tokens": max_new_tokens}
+        """Answers of one batch by transformers' `generate`: all its options, for any LLM. stream: of `stream_ids`."""
+        decoding = decoding or parse_decoding(self.model)
+        reader = self.reader.add_ends(decoding)
+        options = {**decoding.options, "eos_token_id": sorted(reader.end_ids) or None, "max_new_tokens": max_new_tokens}
         columns = max(prompt.length for prompt in prompts)
-        criteria = [*stopping_criteria, *options.pop("stopping_criteria", ())]
-        if reader.end_texts:
-            criteria.append(StopWhen(lambda ids: reader.has_ended(ids[columns:])))
+        stops = [StopWhen(lambda ids: reader.has_ended(ids[columns:]))] if reader.end_texts else []
+        stops += [*stream.pop("stopping_criteria", ()), *options.pop("stopping_criteria", ())]
         with self.busy:
             slices = [PromptSlice(prompt, 0, prompt.length) for prompt in prompts]
             ids, embeds = self.images.embed(slices, self.pad_id)
@@ -294,5 +289,5 @@ class Session:
             # `generate` makes them only for a forward that names them, and learned positions must not count padding.
             positions = (mask.cumsum(1) - 1).clamp(min=0)
             inputs = {"input_ids": ids, "inputs_embeds": embeds, "attention_mask": mask, "position_ids": positions}
-            generated = self.model.generate(**inputs, stopping_criteria=criteria, streamer=streamer, **options)
+            generated = self.model.generate(**inputs, stopping_criteria=stops, **stream, **options)
         return [reader.decode(row) for row in generated[:, columns:].tolist()]

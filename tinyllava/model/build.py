@@ -120,8 +120,9 @@ def fill_rows(model: PreTrainedModel, ids: list[int]) -> None:
 
     Rows that an LLM has to spare were never trained: their logits are arbitrary.
     """
-    for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
-        for tensor in filter(lambda tensor: ids and tensor is not None, (layer.weight, getattr(layer, "bias", None))):
+    head = model.get_output_embeddings()
+    for tensor in (model.get_input_embeddings().weight, head.weight, head.bias):
+        if ids and tensor is not None:
             tensor[ids] = tensor[: min(ids)].mean(0, dtype=torch.float32).to(tensor.dtype)
 
 
@@ -129,10 +130,8 @@ def add_tokens(vlm: VLM, tokens: list[str]) -> None:
     """Add a recipe's own tokens to a finished model, in place. Raises UserError if its head cannot get rows."""
     model, ids = vlm.model, add_own_tokens(vlm.tokenizer, tokens)
     if ids and model.config.head_rows is not None:
-        raise UserError(
-            f"model.add_tokens: the head of this checkpoint of the original has {model.config.head_rows} rows, and no"
-            " answer contains a later token. Build the model from its parts instead."
-        )
+        rows = model.config.head_rows
+        raise UserError(f"model.add_tokens: this checkpoint of the original never answers with a token above {rows}.")
     if max(ids, default=0) >= model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(max(ids) + 1, mean_resizing=False)
     fill_rows(model, ids)

@@ -10,8 +10,8 @@ from transformers import GenerationConfig, LogitsProcessorList, TextStreamer
 from tests.tiny_session import NEW, WORDS, question, tiny_session
 from tinyllava.data.sample import Message, Sample
 from tinyllava.errors import UserError
+from tinyllava.generation import Options
 from tinyllava.infer import Session
-from tinyllava.infer.decoding import Options
 
 SAMPLE = question(1, images=1)
 SAMPLED = {"do_sample": True}

@@ -1,24 +1,24 @@
-"""Check the options of `Session.generate` before any work. Each option is honoured, or refused in one line.
+"""The options of `Session.generate`: each is honoured, or refused in one line before any work.
 
-The options are those of transformers' `generate`, with three differences. A temperature above 0 turns sampling on, as
-`do_sample` does. Sampling draws from all tokens unless top_k or top_p is given. An answer always ends with the turn:
-`eos_token_id` and `stop_strings` add further ends. tests/infer/test_decoding.py has a table of all options.
+They are those of transformers' `generate`, which ignores many wrong values in silence, such as top_p=2. There are three
+differences. A temperature above 0 turns sampling on, as `do_sample` does. Sampling draws from all tokens unless top_k
+or top_p is given. An answer always ends with the turn: `eos_token_id` and `stop_strings` add further ends. The table in
+tests/test_generation.py has a place for every option.
 """
 
 import inspect
 import reprlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import chain
 from typing import Annotated, Any, NamedTuple
 
 import torch
 from pydantic import BeforeValidator, ConfigDict, Field, ValidationError, create_model
-from transformers import GenerationConfig
+from transformers import GenerationConfig, GenerationMixin
+from transformers.utils import logging
 
 from tinyllava.errors import UserError
 from tinyllava.factory import suggest_nearest
-from tinyllava.infer.answer import AnswerReader
-from tinyllava.model.modeling import TinyLlavaForConditionalGeneration as Model
-from tinyllava.model.parts import silence_transformers
 
 MAX_NEW_TOKENS = 512
 DEFAULTS = {**dict.fromkeys(vars(GenerationConfig()), False), **GenerationConfig._get_default_generation_params()}
@@ -56,13 +56,15 @@ INSTEAD = {  # of options that a session refuses
 class Decoding(NamedTuple):
     """How the answers of one call are decoded. Without `options`, decoding is greedy."""
 
-    reader: AnswerReader  # with the ends that the call adds
-    limits: tuple[int, int | None]  # max_new_tokens, and max_length of prompt and answer
-    options: dict[str, Any]  # for transformers' `generate`
+    max_new_tokens: int
+    max_length: int | None  # of prompt and answer
+    end_ids: frozenset[int]  # they end an answer, beside the end of turn
+    stop_texts: tuple[str, ...]  # they do too, and are not part of it
+    options: dict[str, Any]  # the others, for transformers' `generate`
 
 
-def parse_decoding(model: Model, reader: AnswerReader, generation_config: Any = None, **options: Any) -> Decoding:
-    """Check the options of one call. generation_config: a GenerationConfig with more of them.
+def parse_decoding(model: Any, generation_config: GenerationConfig | None = None, **options: Any) -> Decoding:
+    """Check the options of one call, before any work. generation_config: more of them.
 
     Raises UserError for an option that is unknown, has a wrong value, or would have no effect.
     """
@@ -73,9 +75,7 @@ def parse_decoding(model: Model, reader: AnswerReader, generation_config: Any = 
     ids, rows = {name: options.get(name, []) for name in IDS.split()}, model.config.text_config.vocab_size
     if wrong := [f"{name}={values}" for name, values in ids.items() if max(values, default=0) >= rows]:
         raise UserError(f"{wrong[0]}: the LLM has the token ids 0 to {rows - 1}.")
-    reader = reader._replace(
-        stop_texts=tuple(options.pop("stop_strings", ())), end_ids=reader.end_ids | {*options.pop("eos_token_id", ())}
-    )
+    ends, texts = frozenset(options.pop("eos_token_id", ())), tuple(options.pop("stop_strings", ()))
     length = options.pop("max_length", None)
     limit = options.pop("max_new_tokens", length or MAX_NEW_TOKENS)
     if options.get("min_new_tokens", 0) > limit:
@@ -87,13 +87,13 @@ def parse_decoding(model: Model, reader: AnswerReader, generation_config: Any = 
         _try_options(model, options)
     if "suppress_tokens" in options:
         options["suppress_tokens"] += model.generation_config.suppress_tokens
-    return Decoding(reader, (limit, length), options)
+    return Decoding(limit, length, ends, texts, options)
 
 
 def check_options(**options: Any) -> dict[str, Any]:
     """The options that are set. Raises UserError for a wrong value, and for a name that a session does not honour."""
     fields = Options.model_fields
-    refused = {*DEFAULTS, *INSTEAD, *inspect.signature(Model.generate).parameters}.difference(fields)
+    refused = {*DEFAULTS, *INSTEAD, *inspect.signature(GenerationMixin.generate).parameters}.difference(fields)
     # A refused option with its default value asks for nothing.
     given = {name: options[name] for name in refused.intersection(options)}
     neutral = [name for name, value in given.items() if value is None or value == DEFAULTS.get(name, ...)]
@@ -124,19 +124,31 @@ def _set_sampling(options: dict[str, Any]) -> None:
             options.pop(name)
 
 
-def _try_options(model: Model, options: dict[str, Any]) -> None:
+def _try_options(model: Any, options: dict[str, Any]) -> None:
     """Run transformers' `generate` with these options, without the model. Raises UserError for what it refuses."""
 
-    def process_scores(model: Model, input_ids: torch.Tensor, logits_processor: Any, **_: Any) -> torch.Tensor:
+    def process_scores(model: Any, input_ids: torch.Tensor, logits_processor: Any, **_: Any) -> torch.Tensor:
         return logits_processor(input_ids, torch.zeros(1, model.config.text_config.vocab_size, device=model.device))
 
     own = ("logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn")  # the user's functions are not called
     options = {name: value for name, value in options.items() if name not in own}
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
     try:
-        with silence_transformers():
-            GenerationConfig(**options).validate(strict=True)
-            ids = torch.zeros(1, 1, dtype=torch.long, device=model.device)
-            model.generate(ids, custom_generate=process_scores, max_new_tokens=MAX_NEW_TOKENS, **options)
+        GenerationConfig(**options).validate(strict=True)
+        ids = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+        model.generate(ids, custom_generate=process_scores, max_new_tokens=MAX_NEW_TOKENS, **options)
     except (ValueError, TypeError, IndexError, AttributeError, RuntimeError) as error:
         reason = str(error).removeprefix("GenerationConfig is invalid: \n- ").splitlines()[0]
         raise UserError(f"cannot generate with {', '.join(options)}: {reason[:300]}") from None
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+def check_answers(options: Sequence[Sequence[str]], samples: int) -> None:
+    """Raise UserError unless `options` has a list of texts for each of so many samples."""
+    is_list = isinstance(options, Sequence) and all(isinstance(texts, list | tuple) for texts in options)
+    if not is_list or len(options) != samples or not all(isinstance(text, str) for text in chain(*options)):
+        raise UserError(
+            f"options: expected a list of texts for each of {samples} samples, found {reprlib.repr(options)}."
+        )
