@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 import torch
 from transformers import GenerationConfig, LogitsProcessorList, TextStreamer
@@ -165,6 +166,17 @@ def test_ends_are_added_to_the_end_of_turn(session: Session) -> None:
     assert session.generate([SAMPLE], eos_token_id=[1, ids[4]], num_beams=1, **NEW) == [wanted]
     assert session.generate([SAMPLE], **NEW) != [wanted]  # only for one call
     assert session.generate([SAMPLE], pad_token_id=5, bos_token_id=5, **NEW) == session.generate([SAMPLE], **NEW)
+
+
+def test_numbers_and_lists_of_other_kinds_are_the_same(session: Session) -> None:
+    plain = session.generate([SAMPLE], stop_strings=["a", "b"], suppress_tokens=[0, 9], max_new_tokens=4)
+    kinds = {"stop_strings": ("a", "b"), "suppress_tokens": {9, 0}, "max_new_tokens": np.int64(4), "eos_token_id": 0}
+    assert session.generate([SAMPLE], **kinds, pad_token_id=None, stopping_criteria=()) == plain
+    own = [5]
+    session.generate([SAMPLE], suppress_tokens=own, **NEW)
+    assert own == [5]
+    with pytest.raises(UserError, match="batch_size has no effect here"):
+        next(session.stream("hello", batch_size=2))
 
 
 def test_functions_of_the_users_own_are_used(session: Session) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from itertools import chain
 from typing import Annotated, Any, NamedTuple
 
+import numpy as np
 import torch
 from pydantic import BeforeValidator, ConfigDict, Field, ValidationError, create_model
 from transformers import GenerationConfig, GenerationMixin
@@ -23,18 +24,19 @@ from tinyllava.factory import suggest_nearest
 MAX_NEW_TOKENS = 512
 DEFAULTS = {**dict.fromkeys(vars(GenerationConfig()), False), **GenerationConfig._get_default_generation_params()}
 Number = Annotated[float, Field(allow_inf_nan=False)]
-Listed = BeforeValidator(lambda value: value if isinstance(value, list | None) else [value])
+Whole = Annotated[int, BeforeValidator(lambda value: int(value) if isinstance(value, np.integer) else value)]
+Listed = BeforeValidator(lambda value: list(value) if isinstance(value, list | tuple | set) else [value])
 IDS = "eos_token_id forced_eos_token_id pad_token_id bos_token_id suppress_tokens begin_suppress_tokens"
 HONOURED = {  # {names: type}. transformers ignores many wrong values in silence
-    "max_new_tokens max_length num_beams batch_size": Annotated[int, Field(ge=1)],
-    "min_new_tokens top_k no_repeat_ngram_size": Annotated[int, Field(ge=0)],
+    "max_new_tokens max_length num_beams batch_size": Annotated[Whole, Field(ge=1)],
+    "min_new_tokens top_k no_repeat_ngram_size": Annotated[Whole, Field(ge=0)],
     "temperature repetition_penalty max_time": Annotated[Number, Field(ge=0)],
     "top_p min_p typical_p top_h epsilon_cutoff eta_cutoff": Annotated[Number, Field(ge=0, le=1)],
     "length_penalty guidance_scale": Number,
     "do_sample remove_invalid_values renormalize_logits": bool,
-    IDS: Annotated[list[Annotated[int, Field(ge=0)]], Listed],
+    IDS: Annotated[list[Annotated[Whole, Field(ge=0)]], Listed],
     "stop_strings": Annotated[list[Annotated[str, Field(min_length=1)]], Listed],
-    "logits_processor stopping_criteria": list[Callable[..., Any]],
+    "logits_processor stopping_criteria": list[Callable[..., Any]] | tuple[Callable[..., Any], ...],
     "prefix_allowed_tokens_fn": Callable[..., Any],
     "early_stopping bad_words_ids sequence_bias exponential_decay_length_penalty watermarking_config": Any,
 }
@@ -72,6 +74,8 @@ def parse_decoding(model: Any, generation_config: GenerationConfig | None = None
         raise UserError(f"generation_config must be a GenerationConfig, found {reprlib.repr(generation_config)}.")
     fields = {} if generation_config is None else generation_config.to_diff_dict()
     options = check_options(**{name: fields[name] for name in fields if name != "transformers_version"} | options)
+    if "batch_size" in options:
+        raise UserError("batch_size has no effect here: one answer is streamed.")
     ids, rows = {name: options.get(name, []) for name in IDS.split()}, model.config.text_config.vocab_size
     if wrong := [f"{name}={values}" for name, values in ids.items() if max(values, default=0) >= rows]:
         raise UserError(f"{wrong[0]}: the LLM has the token ids 0 to {rows - 1}.")

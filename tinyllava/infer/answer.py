@@ -34,12 +34,12 @@ class AnswerReader(NamedTuple):
         text, _ = chat_format.render(PROBE, tokenizer)
         named = {getattr(tokenizer, name) for name in tokenizer.SPECIAL_TOKENS_ATTRIBUTES}
         # Other special tokens are content: `<|box_start|>` of Qwen2-VL, `<loc0001>` of PaliGemma.
-        special = {id_: token.content for id_, token in tokenizer.added_tokens_decoder.items() if token.special}
-        control = frozenset(id_ for id_, token in special.items() if token in named or token in text)
+        added = tokenizer.added_tokens_decoder.items()
+        control = {id_ for id_, one in added if one.special and (one.content in named or one.content in text)}
         end = chat_format.end_of_turn
         if end in tokenizer.get_added_vocab():
             ids, end = {*ids, tokenizer.convert_tokens_to_ids(end)}, ""
-        return cls(tokenizer, frozenset(ids), end, control_ids=control)
+        return cls(tokenizer, frozenset(ids), end, control_ids=frozenset(control))
 
     def add_ends(self, decoding: Decoding) -> "AnswerReader":
         """A reader for which the ends of one call end an answer too."""
