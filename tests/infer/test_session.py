@@ -308,3 +308,21 @@ def test_importing_the_package_is_light_and_its_version_is_that_of_the_distribut
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
     project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
     assert project.get("version", tinyllava.__version__) == tinyllava.__version__
+
+
+def test_wrong_arguments_of_load_are_refused_in_a_line(session: Session, tmp_path: Path) -> None:
+    checkpoint.save(session.vlm, tmp_path / "c")
+    for wrong, message in [
+        ({"device": 5}, "no device '5' on this machine"),
+        ({"device": "cpu:x"}, "no device 'cpu:x' on this machine"),
+        ({"dtype": 3}, "unknown dtype '3'"),
+        ({"dtype": torch.int8}, r"unknown dtype 'torch\.int8'"),
+        ({"dtype": [1]}, r"unknown dtype '\[1\]'"),
+        ({"attn_implementation": 3}, "cannot use attention '3'"),
+    ]:
+        with pytest.raises(UserError, match=message) as caught:
+            tinyllava.load(str(tmp_path / "c"), **wrong)
+        assert "\n" not in str(caught.value)
+    for path in (None, 5, b"x", ["a"]):
+        with pytest.raises(UserError, match="expected the path of a checkpoint, found"):
+            tinyllava.load(path)

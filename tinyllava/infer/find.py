@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import re
+import reprlib
 from pathlib import Path
 
 import torch
@@ -12,7 +13,7 @@ from huggingface_hub.errors import HFValidationError, HTTPError, LocalEntryNotFo
 
 from tinyllava import checkpoint
 from tinyllava.errors import UserError
-from tinyllava.model.parts import NANO, is_hub_reachable, locate_part
+from tinyllava.model.parts import DTYPES, NANO, is_hub_reachable, locate_part
 
 logger = logging.getLogger("tinyllava")
 
@@ -26,6 +27,8 @@ def find_checkpoint(path: str | Path) -> Path:
     """
     if path == NANO:  # only the string: Path("nano") is a folder of the user's
         return Path(locate_part("model", NANO))
+    if not isinstance(path, str | Path):
+        raise UserError(f"expected the path of a checkpoint, found {reprlib.repr(path)}.")
     name, path = str(path), Path(path).expanduser()
     if not path.is_dir():
         return download_checkpoint(name)
@@ -71,8 +74,16 @@ def find_device(name: str | torch.device | None) -> torch.device:
     """The device `name`. By default the accelerator (with torchrun, one for each process), else the CPU."""
     default = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     known = sorted({"cpu", default.type})
-    if str(name or default).partition(":")[0] not in known:
+    kind, _, index = str(name or default).partition(":")
+    if kind not in known or not (index or "0").isdigit():
         raise UserError(f"no device '{name}' on this machine. It has: {', '.join(known)}.")
     if name is None and default.type != "cpu" and "LOCAL_RANK" in os.environ:
         return torch.device(default.type, int(os.environ["LOCAL_RANK"]) % torch.accelerator.device_count())
     return torch.device(name or default)
+
+
+def find_dtype(name: str | torch.dtype) -> str | torch.dtype:
+    """The dtype `name`, or auto. Raises UserError for anything that weights cannot have."""
+    if not getattr(name, "is_floating_point", isinstance(name, str) and name in DTYPES):
+        raise UserError(f"unknown dtype '{name}'. Known: {', '.join(DTYPES)}.")
+    return DTYPES.get(name, name)

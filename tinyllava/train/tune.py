@@ -4,6 +4,7 @@ Any mix of tunings works: each selects only from its own part (tuning/__init__.p
 name.
 """
 
+import logging
 import re
 from collections import ChainMap
 from collections.abc import Mapping
@@ -24,6 +25,7 @@ from tinyllava.model.modules import find_blocks
 from tinyllava.model.quantise import count_weights, quantise
 from tinyllava.tuning import Selection, TunablePart
 
+logger = logging.getLogger("tinyllava")
 MODULES = {  # the name of each part in the model
     "vision_tower": "model.vision_tower",
     "connector": "model.multi_modal_projector",
@@ -83,6 +85,12 @@ def apply_tuning(
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise UserError(
             "every part is frozen, so there is nothing to train. Set tune.vision_tower, .connector or .llm."
+        )
+    new = {*(model.config.new_tokens or [])} - {model.config.image_token_id}
+    if new and not model.get_input_embeddings().weight.requires_grad:
+        remedy = "{embeddings: {}}, {lora: {new_tokens: true}} or full"
+        logger.warning(
+            "%d new tokens of the LLM are not trained in this stage. With tune.llm %s, they are.", len(new), remedy
         )
     return [_describe_part(model, part, tune) for part in PARTS]
 
