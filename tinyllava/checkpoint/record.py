@@ -7,18 +7,31 @@ from typing import Any
 
 from tinyllava.checkpoint.weight_files import INDEX
 from tinyllava.errors import UserError
+from tinyllava.runs import RECORD, find_damage, read_json
 
-RECORD = "tinyllava.json"
 FORMAT = 1  # of the record; reading a newer one raises an error
 
 
 def write_record(directory: Path, record: Mapping[str, Any]) -> None:
     """Write the record. It lists all files with their sizes, so it must be the last file that is written."""
-    sizes = {
-        str(path.relative_to(directory)): path.stat().st_size for path in sorted(directory.rglob("*")) if path.is_file()
-    }
-    sizes.pop(RECORD, None)
-    (directory / RECORD).write_text(json.dumps({**record, "files": sizes}, indent=2) + "\n", encoding="utf-8")
+    _write({**record, "files": measure_files(directory)}, directory)
+
+
+def add_training_state(directory: Path) -> None:
+    """List the files that the trainer added to a checkpoint. They are needed to resume, but not to load the model."""
+    record = read_json(directory / RECORD)
+    added = {name: size for name, size in measure_files(directory).items() if name not in record["files"]}
+    _write({**record, "training_state": added}, directory)
+
+
+def measure_files(directory: Path) -> dict[str, int]:
+    """{name: bytes} of all files in a checkpoint, without the record."""
+    paths = (path for path in sorted(directory.rglob("*")) if path.is_file() and path != directory / RECORD)
+    return {str(path.relative_to(directory)): path.stat().st_size for path in paths}
+
+
+def _write(record: Mapping[str, Any], directory: Path) -> None:
+    (directory / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
 def read_record(directory: Path) -> dict[str, Any] | None:
@@ -34,16 +47,14 @@ def read_record(directory: Path) -> dict[str, Any] | None:
         if (directory / INDEX).is_file() or (directory / "model.safetensors").is_file():
             return None
         raise UserError(f"{directory} is incomplete: it has a config.json but no weights. Use an earlier checkpoint.")
-    record = json.loads((directory / RECORD).read_text(encoding="utf-8"))
+    record = read_json(directory / RECORD)
     if record.get("format", 0) > FORMAT:
         raise UserError(
             f"{directory} was written by a newer version of tinyllava (format {record['format']}). Update tinyllava."
         )
-    for name, size in record["files"].items():
-        actual = (directory / name).stat().st_size if (directory / name).is_file() else None
-        if actual != size:
-            state = "is missing" if actual is None else f"has {actual} bytes, expected {size}"
-            raise UserError(f"{directory} is damaged: {name} {state}. Use an earlier checkpoint, or copy it again.")
+    damage = find_damage(directory, record["files"]) if "files" in record else f"{RECORD} cannot be read"
+    if damage:
+        raise UserError(f"{directory} is damaged: {damage}. Use an earlier checkpoint, or copy it again.")
     return record
 
 

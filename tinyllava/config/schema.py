@@ -212,7 +212,7 @@ class Recipe(StrictModel):
     seed: int = 42
 
     def compute_hash(self) -> str:
-        """A short hash of the whole recipe: 16 hex digits. A run can be resumed only by a recipe with the same hash."""
+        """A short hash of the whole recipe: 16 hex digits."""
         canonical = json.dumps(self.model_dump(mode="json"), sort_keys=True)
         return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 

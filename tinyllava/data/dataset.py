@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from tinyllava.cache import digest, find_cache_root, lock
+from tinyllava.cache import digest, find_cache_root, hash_columns, lock
 from tinyllava.config import DataSpec
 from tinyllava.data.bad_records import BadRecords, WorkerError, describe_bad_record
 from tinyllava.data.collate import make_image_inputs
@@ -36,6 +36,7 @@ from tinyllava.data.template import image_token_id
 from tinyllava.data.tiles import Grid, count_image_tokens, to_draft_size
 from tinyllava.errors import UserError
 
+ROW_CONTENT = ("input_ids", "labels", "images", "length", "supervised")  # what decides the result of training
 RECORDS_PER_PROCESS = 5_000  # five seconds of tokenising; a process takes one second to start
 
 
@@ -210,6 +211,7 @@ def draw_records(
         "usable": len(good),
         "weight": spec.weight,
         "samples": len(rows),
+        "tokenised": hash_columns(table.data, ROW_CONTENT),
     }
     return Draw(rows, facts)
 
