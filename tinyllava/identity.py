@@ -162,7 +162,11 @@ def check_data_unchanged(stage: str, before: Mapping[str, Any], now: Mapping[str
                 continue
             content = "files" if "files" in compared else "fingerprint"
             same = old[content] == new[content]
-            why = " Its content is the same, so the template, the tokenizer or image files changed." if same else ""
+            why = (
+                " Its content is the same, so the template, the tokenizer, images or the package changed."
+                if same
+                else ""
+            )
             raise UserError(
                 f"the {kind} {new['path']} of stage {stage} changed since step {before['step']}: it had"
                 f" {_describe_source(old)}, and now has {_describe_source(new)}.{why} Restore it to resume. {REMEDY}"

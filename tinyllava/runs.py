@@ -12,7 +12,6 @@ import logging
 import re
 import shutil
 import zipfile
-from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -75,8 +74,10 @@ def make_room(checkpoint: Path) -> None:
         atomic.set_aside(checkpoint)
 
 
-def find_damage(directory: Path, sizes: Mapping[str, int]) -> str | None:
+def find_damage(directory: Path, sizes: Any) -> str | None:
     """The first of some files that is missing or has another size; None if all are there."""
+    if not isinstance(sizes, dict):
+        return f"{RECORD} cannot be read"
     for name, size in sizes.items():
         actual = (directory / name).stat().st_size if (directory / name).is_file() else None
         if actual != size:
@@ -90,9 +91,8 @@ def find_resume_fault(checkpoint: Path, engine: str, world_size: int) -> str | N
     engine: the key of OPTIMIZER_FILES. world_size: the number of processes.
     """
     record = read_json(checkpoint / RECORD)
-    if "files" not in record:
-        return f"{RECORD} cannot be read"
-    if damage := find_damage(checkpoint, record["files"] | record.get("training_state", {})):
+    damages = (find_damage(checkpoint, sizes) for sizes in (record.get("files"), record.get("training_state", {})))
+    if damage := next(filter(None, damages), None):
         return damage
     states = [path.name for pattern in OPTIMIZER_FILES.values() for path in checkpoint.glob(pattern)]
     if not states:
@@ -161,9 +161,9 @@ def read_begun_stages(directory: Path) -> list[dict[str, Any]]:
     for folder in directory.glob("*/"):
         for path in filter(is_ours, (folder / FINAL, *list_checkpoints(folder))):
             record, run = read_json(path / RECORD), read_run(path)
-            is_whole = "files" in record and find_damage(path, record["files"]) is None
+            is_whole = find_damage(path, record.get("files")) is None
             if is_whole and run.get("stage") == folder.name and "recipe_yaml" in run:
-                begun.append(run | ({"finished": True, "steps": run["step"]} if path.name == FINAL else {}))
+                begun.append(run | ({"finished": True, "steps": run.get("step")} if path.name == FINAL else {}))
                 break
     return begun
 
@@ -206,14 +206,14 @@ def check_is_run(directory: Path) -> None:
 
 def delete_run(directory: Path) -> None:
     """Delete what a run wrote into a directory. Everything else stays, such as copies of checkpoints."""
-    stages = {
-        *(read_json(directory / RUN).get("stages") or ()),
-        *(run["stage"] for run in read_begun_stages(directory)),
-    }
+    recorded = read_json(directory / RUN).get("stages")
+    stages = {run["stage"] for run in read_begun_stages(directory)} | set(
+        recorded if isinstance(recorded, dict) else ()
+    )
     for stage in (folder for folder in directory.glob("*/") if folder.name in stages):
-        numbered = [path for path in list_checkpoints(stage) if is_ours(path)]
-        named = (stage / name for name in (FINAL, START) if is_ours(stage / name))
-        for path in (*numbered, *named, *(stage / name for name in (METRICS, CURVE, TENSORBOARD))):
+        checkpoints = [path for path in (*list_checkpoints(stage), stage / FINAL, stage / START) if is_ours(path)]
+        logs = [stage / name for name in (METRICS, CURVE, TENSORBOARD)]
+        for path in (*checkpoints, *logs, *stage.glob(".*.partial")):
             atomic.remove(path)
         with suppress(OSError):  # something else is left in it
             stage.rmdir()

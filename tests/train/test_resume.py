@@ -157,7 +157,7 @@ FREE = [
 ]
 FREE += [
     set_trainer(eval_steps=1, eval_strategy="epoch", save_strategy="epoch"),
-    set_trainer(report_to="tensorboard", run_name="x"),
+    set_trainer(report_to="tensorboard", run_name="x", include_for_metrics=["loss"]),
     set_trainer(gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": False}),
     set_trainer(deepspeed="zero2", ddp_timeout=9, use_cpu=True, torch_compile=True),
     set_trainer(weight_decay=0.0, max_steps=-1),  # what they were by default
@@ -170,7 +170,9 @@ FREE += [
 
 @pytest.mark.parametrize("edit", FREE)
 def test_the_execution_may_change(edit: Change, whole: Path, pictures: Path) -> None:
-    assert RunRecord(whole, change(pictures, edit), "tiny").content["stages"]["finetune"]["finished"]
+    record = RunRecord(whole, change(pictures, edit), "tiny")
+    assert record.content["stages"]["finetune"]["finished"]
+    assert json.dumps([each.to_dict() for each in record.changes])
 
 
 def test_the_names_of_the_execution_are_those_of_the_arguments() -> None:
@@ -275,7 +277,7 @@ def test_changed_data_is_refused_with_both_sizes(pictures: Path, tmp_path: Path)
         swapped = {"step": 4, "data": before["validation"], "validation": before["data"]}
         with pytest.raises(UserError, match=r"the validation .* of stage finetune changed"):
             check_data_unchanged("finetune", {**swapped, "data": []}, {**now, "validation": now["data"]})
-    with pytest.raises(UserError, match="the template, the tokenizer or image files"):
+    with pytest.raises(UserError, match="the template, the tokenizer, images or the package"):
         now = {"data": [{**before["data"][0], "usable": 20}]}
         check_data_unchanged("finetune", before, now)
     earlier = {"data": [{key: before["data"][0][key] for key in ("path", "fingerprint", "records")}]}

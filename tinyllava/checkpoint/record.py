@@ -52,8 +52,7 @@ def read_record(directory: Path) -> dict[str, Any] | None:
         raise UserError(
             f"{directory} was written by a newer version of tinyllava (format {record['format']}). Update tinyllava."
         )
-    damage = find_damage(directory, record["files"]) if "files" in record else f"{RECORD} cannot be read"
-    if damage:
+    if damage := find_damage(directory, record.get("files")):
         raise UserError(f"{directory} is damaged: {damage}. Use an earlier checkpoint, or copy it again.")
     return record
 

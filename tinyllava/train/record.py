@@ -8,7 +8,7 @@ import json
 import logging
 import os
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from tinyllava.provenance import get_git_state, get_versions
 from tinyllava.runs import RECIPE, RUN, read_begun_stages, read_start
 
 logger = logging.getLogger("tinyllava")
-DEFAULTS = {field.name: field.default for field in fields(TrainingArguments)}
+DEFAULTS = {field.name: field.default for field in fields(TrainingArguments) if field.default is not MISSING}
 OF_THE_RUN = ("recipe", "fingerprint", "versions", "git", "devices", "changes")
 NOT_OF_A_STAGE = (*OF_THE_RUN, "recipe_yaml", "stage", "step")  # in the record of a checkpoint
 
