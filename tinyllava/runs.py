@@ -12,6 +12,7 @@ import logging
 import re
 import shutil
 import zipfile
+import zlib
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ METRICS, CURVE, START, FINAL, TENSORBOARD = "metrics.jsonl", "curve.png", "start
 NUMBERED = re.compile(r"checkpoint-([1-9][0-9]*)")
 # Where the optimiser's state is in a checkpoint, by the engine that wrote it.
 OPTIMIZER_FILES = {"plain": "optimizer.pt", "deepspeed": "global_step*", "fsdp": "optimizer[_.][0b]*"}
+LARGE = 1 << 30  # bytes; reading smaller files takes a second
 REMEDY = "Choose another --output, or start again with --overwrite."
 
 
@@ -104,8 +106,8 @@ def find_resume_fault(checkpoint: Path, engine: str, world_size: int) -> str | N
         return f"the optimiser state is of {shards} processes, not {world_size}. Resume with {shards}"
     for pattern in (OPTIMIZER_FILES[engine], "rng_state*.pth", *([] if engine == "deepspeed" else ["scheduler.pt"])):
         files = list(checkpoint.glob(pattern))
-        # torch writes zip files. The records of earlier versions do not list their sizes.
-        if not files or not all(path.is_dir() or zipfile.is_zipfile(path) for path in files):
+        # The records of earlier versions do not list the sizes of these.
+        if not files or not all(path.is_dir() or is_whole_zip(path) for path in files):
             return f"{pattern.replace('*', '')} is {'damaged' if files else 'missing'}"
     state = read_json(checkpoint / "trainer_state.json")
     return None if state.get("global_step") == get_step(checkpoint) else "trainer_state.json is missing or damaged"
@@ -129,6 +131,17 @@ def find_last_checkpoint(output: Path, engine: str, world_size: int) -> Path | N
             " from the weights of a checkpoint."
         )
     return None
+
+
+def is_whole_zip(path: Path) -> bool:
+    """Whether a file that torch wrote, which is a zip file, is whole. Of a large file only its end is read."""
+    if not zipfile.is_zipfile(path):
+        return False
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return path.stat().st_size > LARGE or archive.testzip() is None
+    except (zipfile.BadZipFile, zlib.error, ValueError, NotImplementedError, RuntimeError, EOFError):
+        return False
 
 
 def has_stopped_early(state: Any) -> bool:

@@ -5,12 +5,13 @@ import logging
 import shutil
 from collections.abc import Callable
 from dataclasses import fields
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import TrainingArguments
+from transformers import TrainerState, TrainingArguments
 
 from tests.train.test_stage import load_weights, read_losses
 from tests.train.tiny_run import recipe
@@ -19,8 +20,17 @@ from tinyllava.config import Recipe
 from tinyllava.errors import UserError
 from tinyllava.identity import EXECUTION, JUDGED, check_data_unchanged
 from tinyllava.infer.find import find_checkpoint
-from tinyllava.runs import find_last_checkpoint, is_ours, list_checkpoints, read_run, rotate_checkpoints
+from tinyllava.runs import (
+    find_last_checkpoint,
+    has_stopped_early,
+    is_ours,
+    list_checkpoints,
+    make_room,
+    read_run,
+    rotate_checkpoints,
+)
 from tinyllava.train import stage
+from tinyllava.train.batching import PlannedStream
 from tinyllava.train.callbacks import read_metrics
 from tinyllava.train.record import RunRecord
 
@@ -38,10 +48,8 @@ def whole(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def killed(whole: Path, tmp_path: Path) -> Path:
     """The same run as if it was killed after step 4, in the middle of its second epoch."""
-    run = Path(shutil.copytree(whole, tmp_path / "killed"))
-    for path in (run / "finetune" / "final", *list_checkpoints(run / "finetune")[:-2]):
-        shutil.rmtree(path)
-    return run
+    later = shutil.ignore_patterns("final", *(path.name for path in list_checkpoints(whole / "finetune")[:-2]))
+    return Path(shutil.copytree(whole, tmp_path / "killed", ignore=later))
 
 
 def change(pictures: Path, *edits: Change) -> Recipe:
@@ -98,6 +106,7 @@ def test_how_a_run_is_executed_may_change_and_what_is_not_ours_stays(
     (line,) = [record.message for record in caplog.records if "changed since" in record.message]
     assert "finetune.trainer.per_device_train_batch_size 4 -> 1" in line
     assert read_run(folder / "final")["changes"] == changes  # the record of the checkpoint has them too
+    assert RunRecord(killed, change(pictures, set_trainer(**options)), "tiny").changes == []
 
     # The new interval was used: 7, and the last step. Two of ours are kept, and everything of the user's.
     assert [path.name for path in list_checkpoints(folder) if is_ours(path)] == ["checkpoint-9", "checkpoint-7"]
@@ -234,11 +243,29 @@ def test_a_resumed_run_takes_the_same_steps_and_none_beyond_its_end(
     for name, tensor in load_weights(final).items():
         torch.testing.assert_close(tensor, weights[name], rtol=0, atol=0)
 
+    if not streaming:  # seen above
+        return
     for path in (final, tmp_path / "finetune" / "checkpoint-7"):
         shutil.rmtree(path)  # killed after step 4, and resumed with other micro-batches
     content.stages["finetune"].trainer["per_device_train_batch_size"] = 1
     stage.run(content, "tiny", tmp_path)
     assert read_losses(tmp_path) == pytest.approx(losses, rel=1e-5)
+
+
+def test_a_run_that_stopped_early_is_over() -> None:
+    def save(counter: int) -> TrainerState:
+        saved = {"args": {"early_stopping_patience": 2}, "attributes": {"early_stopping_patience_counter": counter}}
+        return TrainerState(stateful_callbacks={"EarlyStoppingCallback": saved})
+
+    assert not has_stopped_early(TrainerState()) and not has_stopped_early(save(1))
+    assert has_stopped_early(save(2))
+
+
+def test_a_stream_with_less_than_a_step_ends() -> None:
+    assert list(PlannedStream([{"input_ids": [1]}] * 3, 4, 2, 1, 0, list)) == []
+    again = PlannedStream([{"input_ids": [number]} for number in range(5)], 2, 1, 1, 0, list)
+    seen = [batch[0]["input_ids"][0] for batch in islice(again, 9)]
+    assert sorted(seen[:4]) == [0, 1, 2, 3] and seen[4:8] == seen[:4]  # 4 is no whole step, in any pass
 
 
 # -- data --------------------------------------------------------------------------------------------------------------
@@ -415,6 +442,19 @@ def test_files_for_people_may_be_damaged(content: bytes, killed: Path, pictures:
     RunRecord(killed, change(pictures, set_trainer(learning_rate=1.0)), "tiny")  # there is nothing to resume
 
 
+def test_changed_bytes_in_the_state_of_the_optimiser_are_noticed(killed: Path) -> None:
+    newest = killed / "finetune" / "checkpoint-4"
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+        content = (newest / name).read_bytes()
+        (newest / name).write_bytes(content.replace(b"data.pkl", b"data.pkx", 1))
+        assert find_last_checkpoint(killed / "finetune", "plain", 1) == newest.with_name("checkpoint-2")
+        half = len(content) // 2
+        (newest / name).write_bytes(content[:half] + bytes(len(content) - half))  # what a loss of power can leave
+        assert find_last_checkpoint(killed / "finetune", "plain", 1) == newest.with_name("checkpoint-2")
+        (newest / name).write_bytes(content)
+    assert find_last_checkpoint(killed / "finetune", "plain", 1) == newest
+
+
 # -- what is not ours --------------------------------------------------------------------------------------------------
 
 
@@ -422,6 +462,19 @@ def make_checkpoints(folder: Path, *steps: int) -> None:
     for step in steps:
         (folder / f"checkpoint-{step}").mkdir()
         (folder / f"checkpoint-{step}" / "tinyllava.json").write_text(json.dumps({"run": {"step": step}}))
+
+
+def test_what_is_in_the_place_of_a_checkpoint_is_renamed(tmp_path: Path) -> None:
+    make_checkpoints(tmp_path, 2)
+    place = tmp_path / "checkpoint-4"
+    for number, make in enumerate((Path.mkdir, Path.touch, lambda path: path.symlink_to(tmp_path / "checkpoint-2"))):
+        make(place)
+        make_room(place)
+        assert not place.is_symlink() and not place.exists()
+        assert (tmp_path / f"checkpoint-4.kept-{number + 1}").exists()
+    make_room(place)  # nothing is there
+    make_room(tmp_path / "checkpoint-2")  # ours
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-2"]
 
 
 def test_rotation_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
