@@ -122,9 +122,10 @@ def find_last_checkpoint(output: Path, engine: str, world_size: int) -> Path | N
     for path in filter(is_ours, list_checkpoints(output)):
         fault = find_resume_fault(path, engine, world_size)
         if fault is None:
+            for skipped in faults:
+                logger.warning("stage %s: skipped %s", output.name, skipped)
             return path
         faults.append(f"{path.name}: {fault}.")
-        logger.warning("stage %s: skipped %s", output.name, faults[-1])
     if faults:
         raise UserError(
             f"stage {output.name} cannot resume. {faults[0]} {REMEDY} `model: {{checkpoint: DIR}}` starts another run"

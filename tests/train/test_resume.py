@@ -392,7 +392,8 @@ def test_a_run_without_a_whole_checkpoint_is_refused_and_kept(killed: Path, pict
 
 
 def test_a_stage_that_cannot_be_resumed_says_so_at_its_start(pictures: Path, caplog: pytest.LogCaptureFixture) -> None:
-    stage.prepare_stage(change(pictures, set_trainer(save_only_model=True)), "finetune", empty=True)
+    with caplog.at_level(logging.INFO, "tinyllava"):
+        stage.prepare_stage(change(pictures, set_trainer(save_only_model=True)), "finetune", empty=True)
     assert "cannot be resumed" in caplog.text and "save_only_model" in caplog.text
 
 

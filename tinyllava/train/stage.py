@@ -93,6 +93,7 @@ def run(recipe: Recipe, name: str, output: Path, overwrite: bool = False, follow
 def start_over(recipe: Recipe, output: Path) -> None:
     """Delete the run in `output`, after the recipe and the data of the new one were read without an error."""
     check_is_run(output)
+    logger.info("checking the new run, before the old one in %s is deleted", output)
     for name in recipe.stages:
         prepare_stage(recipe, name, empty=True)
     PartialState().wait_for_everyone()  # no process reads the old run while the main process deletes it
@@ -148,7 +149,7 @@ def prepare_stage(
 
     args = make_arguments(stage, output, recipe.seed)
     if args.save_only_model:
-        logger.warning("stage %s: it cannot be resumed, because `save_only_model: true` saves no optimiser state", name)
+        logger.info("stage %s: it cannot be resumed, because `save_only_model: true` saves no optimiser state", name)
     check_sharding(selections, args)
     set_precision(vlm.model, args)
 
