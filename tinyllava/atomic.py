@@ -6,6 +6,8 @@ it is never half written.
 """
 
 import errno
+import itertools
+import logging
 import os
 import shutil
 from collections.abc import Iterator
@@ -14,6 +16,7 @@ from pathlib import Path
 
 from tinyllava.errors import UserError
 
+logger = logging.getLogger("tinyllava")
 FULL = {errno.ENOSPC, errno.EDQUOT}  # errors of a full disk and of a full quota
 
 
@@ -26,6 +29,24 @@ def write_text(path: Path, text: str) -> None:
     """Write a text file whole, and create the folders above it."""
     with write_file(path) as partial:
         partial.write_text(text, encoding="utf-8")
+
+
+def set_aside(path: Path) -> None:
+    """Rename what is at `path`, if anything, to the first free `NAME.kept-N`: its name is needed for a file of ours."""
+    if not os.path.lexists(path):
+        return
+    names = (path.with_name(f"{path.name}.kept-{number}") for number in itertools.count(1))
+    kept = next(name for name in names if not os.path.lexists(name))
+    path.rename(kept)
+    logger.warning("%s was not written by this run, and is now %s", path, kept.name)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a link or a directory, if it exists."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 @contextmanager

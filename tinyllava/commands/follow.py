@@ -13,11 +13,11 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from tinyllava.commands.parts_table import make_parts_table
 from tinyllava.console import is_main_process, messages
 from tinyllava.pages.curve import draw_curve
-from tinyllava.train.callbacks import METRICS, read_metrics
+from tinyllava.runs import CURVE, METRICS
+from tinyllava.train.callbacks import read_metrics
 from tinyllava.train.stage import StageSetup
 
 SPEED_WINDOW = 50  # steps over which speed and time left are measured
-CURVE = "curve.png"
 
 
 def follow_stage(name: str, setup: StageSetup, output: Path) -> list[TrainerCallback]:

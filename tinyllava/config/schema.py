@@ -11,6 +11,8 @@ from tinyllava.factory import Factory
 
 PARTS = ("vision_tower", "connector", "llm")
 PART_TITLES = {"vision_tower": "vision tower", "connector": "connector", "llm": "LLM"}  # names in messages
+# Fields that earlier versions did not have, with their defaults: the hash of an earlier recipe must not change.
+ADDED_LATER = {"early_stopping": None, "supervised_turns": "all", "add_tokens": []}
 NATIVE_TEMPLATE = "native"  # the tokenizer's own chat template: a name without a file in templates/
 
 
@@ -214,8 +216,13 @@ class Recipe(StrictModel):
     seed: int = 42
 
     def compute_hash(self) -> str:
-        """A short hash of the whole recipe: 16 hex digits. A run can be resumed only by a recipe with the same hash."""
-        canonical = json.dumps(self.model_dump(mode="json"), sort_keys=True)
+        """A short hash of the whole recipe: 16 hex digits."""
+        tree = self.model_dump(mode="json")
+        for section in (tree["model"], *tree["stages"].values()):
+            for name, default in ADDED_LATER.items():
+                if section.get(name) == default:
+                    section.pop(name, None)
+        canonical = json.dumps(tree, sort_keys=True)
         return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
     def to_yaml(self) -> str:

@@ -21,7 +21,7 @@ import pyarrow as pa
 import torch
 from PIL import Image
 
-from tinyllava.cache import digest, find_cache_root, lock
+from tinyllava.cache import digest, find_cache_root, hash_columns, lock
 from tinyllava.config import DataSpec
 from tinyllava.data.bad_records import BadRecords, WorkerError, describe_bad_record
 from tinyllava.data.collate import make_image_inputs
@@ -37,6 +37,7 @@ from tinyllava.data.template import image_token_id
 from tinyllava.data.tiles import Grid, count_image_tokens, to_draft_size
 from tinyllava.errors import UserError
 
+ROW_CONTENT = ("input_ids", "labels", "images", "length", "supervised")  # what decides the result of training
 RECORDS_PER_PROCESS = 5_000  # five seconds of tokenising; a process takes one second to start
 
 
@@ -186,7 +187,8 @@ def draw_records(
     good = np.flatnonzero(find_usable(source, table, bad))
     rows = apply_weight(good, spec.weight, seed)
     facts = {"path": spec.path, "fingerprint": source.fingerprint, "records": len(source), "usable": len(good)}
-    return rows, {**facts, "weight": spec.weight, "samples": len(rows)}
+    content = hash_columns(table.data, ROW_CONTENT)
+    return rows, {**facts, "weight": spec.weight, "samples": len(rows), "tokenised": content}
 
 
 def encode_source(source: Source, encoder: Encoder, cache: Path) -> datasets.Dataset:

@@ -1,6 +1,5 @@
 """Find the checkpoint for a path or a name, and the device for a name."""
 
-import json
 import logging
 import os
 import re
@@ -14,6 +13,7 @@ from huggingface_hub.errors import HFValidationError, HTTPError, LocalEntryNotFo
 from tinyllava import checkpoint
 from tinyllava.errors import UserError
 from tinyllava.model.parts import DTYPES, NANO, is_hub_reachable, locate_part
+from tinyllava.runs import FINAL, list_checkpoints, read_stage_names
 
 logger = logging.getLogger("tinyllava")
 
@@ -34,12 +34,10 @@ def find_checkpoint(path: str | Path) -> Path:
         return download_checkpoint(name)
     if any(os.path.lexists(path / name) for name in ("config.json", "adapter_config.json")):
         return path
-    run = path / "run.json"
-    stages = json.loads(run.read_text(encoding="utf-8"))["stages"] if run.is_file() else {}
-    folders = [path / stage for stage in reversed(list(stages))] or [path]
+    folders = [path / stage for stage in reversed(read_stage_names(path))] or [path]
     for folder in folders:
-        numbered = sorted(folder.glob("checkpoint-*[0-9]"), key=lambda p: int(p.name.split("-")[-1]), reverse=True)
-        whole = next((candidate for candidate in [folder / "final", *numbered] if _is_loadable(candidate)), None)
+        candidates = [folder / FINAL, *list_checkpoints(folder)]
+        whole = next((candidate for candidate in candidates if _is_loadable(candidate)), None)
         if whole:
             return whole
     looked = ", ".join(f"{folder}/final, {folder}/checkpoint-N" for folder in folders)

@@ -8,14 +8,14 @@ A line of runs/quickstart/finetune/metrics.jsonl:
 import json
 import math
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from tinyllava import atomic
-
-METRICS = "metrics.jsonl"
+from tinyllava.runs import METRICS
 
 
 class RunLog(TrainerCallback):
@@ -57,14 +57,12 @@ class RunLog(TrainerCallback):
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics file; [] if there is none. A last line that is incomplete after a kill is left out."""
+    """The lines of a metrics file; [] if there is none. Lines that are incomplete or damaged are left out."""
     lines = []
-    for text in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-        try:
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
+        with suppress(ValueError):
             lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            continue
-    return lines
+    return [line for line in lines if isinstance(line, dict) and {"step", "time"} <= line.keys()]
 
 
 def _to_json_number(value: Any) -> Any:

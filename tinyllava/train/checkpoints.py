@@ -1,4 +1,4 @@
-"""What a stage puts into its checkpoints, and which one a run resumes from. checkpoint/saving.py writes the files."""
+"""What a stage puts into its checkpoints. checkpoint/saving.py writes the files."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -31,10 +31,3 @@ class CheckpointWriter:
         run = {**self.record.describe_stage(self.stage, step), "skipped_in_training": skipped}
         written = checkpoint.save(self.vlm, directory, run, state, self.files)
         self.files |= {part: [name / file.name for file in written[part]] for part in self.untrained}
-
-
-def find_last_checkpoint(output: Path) -> Path | None:
-    """The newest whole checkpoint of a stage that can be resumed; None without one."""
-    numbered = sorted(output.glob("checkpoint-*"), key=lambda path: int(path.name.rsplit("-", 1)[1]), reverse=True)
-    whole = (path for path in numbered if checkpoint.is_whole(path) and (path / "trainer_state.json").is_file())
-    return next(whole, None)

@@ -14,27 +14,29 @@ A stage that quantises weights saves the unquantised ones in start/, unless it s
 
 import logging
 import os
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from transformers import TrainerCallback, TrainingArguments
 
-from tinyllava import atomic
 from tinyllava.checkpoint import is_whole
 from tinyllava.config import Recipe, Stage
 from tinyllava.console import is_main_process
 from tinyllava.data.dataset import SupervisedDataset, build_dataset, hold_out
 from tinyllava.data.options import DataOptions
+from tinyllava.data.sources import open_source
 from tinyllava.data.streaming import StreamingDataset
 from tinyllava.data.template import Template
 from tinyllava.errors import UserError
+from tinyllava.identity import check_data_unchanged, check_moved_data
 from tinyllava.model.vlm import VLM
+from tinyllava.runs import FINAL, START, check_is_run, delete_run, find_last_checkpoint, read_run
 from tinyllava.train.arguments import make_arguments
 from tinyllava.train.callbacks import RunLog
-from tinyllava.train.checkpoints import CheckpointWriter, find_last_checkpoint
+from tinyllava.train.checkpoints import CheckpointWriter
 from tinyllava.train.precision import set_precision
 from tinyllava.train.record import RunRecord
 from tinyllava.train.sharding import check_sharding
@@ -43,7 +45,6 @@ from tinyllava.train.trainer import Trainer
 from tinyllava.train.tune import TunedPart, apply_tuning, select_tuning
 
 logger = logging.getLogger("tinyllava")
-FINAL, START = "final", "start"
 # Models with fewer parameters train with one CPU thread, and the other core reads data. A second thread saved 7 % of
 # the time for 0.9 M parameters, and 35 % for 5 M (perf/README.md, Threads).
 ONE_THREAD = 3_000_000
@@ -71,21 +72,34 @@ def run(recipe: Recipe, name: str, output: Path, overwrite: bool = False, follow
 
     Resumes an interrupted run and skips finished stages. Raises UserError when `output` holds another recipe's run.
     """
-    if overwrite and is_main_process():
-        shutil.rmtree(output, ignore_errors=True)
+    if overwrite:
+        start_over(recipe, output)
     record = RunRecord(output, recipe, name)
-    if is_main_process():
-        atomic.write_text(output / "recipe.yaml", recipe.to_yaml())
-        record.write()
     previous: Path | None = None
-    for stage in recipe.stages:
+    for stage, settings in recipe.stages.items():
         final = output / stage / FINAL
         if is_whole(final):
+            check_moved_data(stage, settings.data, record.content["stages"][stage].get("data", ()), open_source)
             logger.info("stage %s: already finished", stage)
         else:
             run_stage(recipe, stage, previous, output / stage, record, follow)
         previous = final
+    record.add_changes(stage, {"step": record.content["stages"][stage].get("steps")})
+    if is_main_process():
+        record.write()
     return final
+
+
+def start_over(recipe: Recipe, output: Path) -> None:
+    """Delete the run in `output`, after the recipe and the data of the new one were read without an error."""
+    check_is_run(output)
+    logger.info("checking the new run, before the old one in %s is deleted", output)
+    for name in recipe.stages:
+        prepare_stage(recipe, name, empty=True)
+    PartialState().wait_for_everyone()  # no process reads the old run while the main process deletes it
+    if is_main_process():
+        delete_run(output)
+    PartialState().wait_for_everyone()
 
 
 def run_stage(
@@ -93,12 +107,19 @@ def run_stage(
 ) -> None:
     """Run one stage in the directory `output`, from the checkpoint of the stage before: prepare, train, save."""
     setup = prepare_stage(recipe, name, previous, output)
+    trainer = make_trainer(setup, name, output, record)
+    engine = "deepspeed" if trainer.is_deepspeed_enabled else "fsdp" if trainer.is_fsdp_enabled else "plain"
+    last = find_last_checkpoint(output, engine, setup.args.world_size)
+    before = read_run(last) if last else {}
+    listed = setup.validation.sources if isinstance(setup.stage.validation, list) else []  # else it is a share of data
+    facts = {"data": setup.dataset.sources, "validation": listed, "bad_samples": setup.dataset.bad_records.to_dict()}
+    check_data_unchanged(name, before, facts)
+    record.add_changes(name, before)
     if is_main_process():
-        facts = {"data": setup.dataset.sources, "bad_samples": setup.dataset.bad_records.to_dict()}
         record.update_stage(name, **facts, tuned=[vars(part) for part in setup.parts])
+    for callback in follow(name, setup, output) if follow else ():
+        trainer.add_callback(callback)
 
-    trainer = make_trainer(setup, name, output, record, callbacks=follow(name, setup, output) if follow else ())
-    last = find_last_checkpoint(output)
     samples = "streamed data" if isinstance(setup.dataset, StreamingDataset) else f"{len(setup.dataset):,} samples"
     logger.info("stage %s: %s", name, f"resuming from {last.name}" if last else f"training on {samples}")
     trainer.train(resume_from_checkpoint=str(last) if last else None)
@@ -127,6 +148,8 @@ def prepare_stage(
     logger.info("stage %s: %s", name, ", ".join(f"{part.title} {part.tuning}" for part in parts))
 
     args = make_arguments(stage, output, recipe.seed)
+    if args.save_only_model:
+        logger.info("stage %s: it cannot be resumed, because `save_only_model: true` saves no optimiser state", name)
     check_sharding(selections, args)
     set_precision(vlm.model, args)
 
@@ -166,12 +189,7 @@ def make_data_options(recipe: Recipe, stage: Stage, vlm: VLM) -> DataOptions:
 
 
 def make_trainer(
-    setup: StageSetup,
-    name: str,
-    output: Path,
-    record: RunRecord,
-    order: list[int] | None = None,
-    callbacks: Sequence[TrainerCallback] = (),
+    setup: StageSetup, name: str, output: Path, record: RunRecord, order: list[int] | None = None
 ) -> Trainer:
     """The Trainer of a stage. `order` fixes the order of samples (see plan.py)."""
     if setup.args.use_cpu and "OMP_NUM_THREADS" not in os.environ and setup.vlm.model.num_parameters() < ONE_THREAD:
@@ -183,6 +201,6 @@ def make_trainer(
         dataset=setup.dataset,
         validation=setup.validation,
         writer=CheckpointWriter(setup.vlm, name, record, setup.start_files),
-        callbacks=[RunLog(output), *callbacks],
+        callbacks=[RunLog(output)],
         order=order,
     )

@@ -1,5 +1,7 @@
 """HF Trainer with planned batches, a learning rate for each part, whole checkpoints and helpful errors."""
 
+import logging
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -13,9 +15,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import TrainingArguments
 from transformers.trainer_callback import PrinterCallback
-from transformers.trainer_utils import rotate_checkpoints
 
 from tinyllava import atomic, checkpoint
+from tinyllava.checkpoint.record import add_training_state
 from tinyllava.config import Stage
 from tinyllava.console import is_main_process
 from tinyllava.data.collate import Collator
@@ -24,10 +26,14 @@ from tinyllava.data.labels import IGNORE
 from tinyllava.data.streaming import StreamingDataset
 from tinyllava.errors import UserError
 from tinyllava.model.vlm import VLM
+from tinyllava.runs import has_stopped_early, make_room, rotate_checkpoints
 from tinyllava.train.batching import PlannedBatches, PlannedDataset, PlannedLoader, PlannedStream
 from tinyllava.train.checkpoints import CheckpointWriter
 from tinyllava.train.plan import Plan
 from tinyllava.train.tune import find_layer_classes, make_parameter_groups
+
+# It warns about intervals and micro-batches that changed since the checkpoint. The run's record names these changes.
+logging.getLogger("transformers.trainer_utils").addFilter(lambda line: "do not match the ones" not in line.getMessage())
 
 
 class Trainer(transformers.Trainer):
@@ -149,6 +155,16 @@ class Trainer(transformers.Trainer):
                 logs[f"lr/{group['part']}"] = logs["learning_rate"] * ratio
         super().log(logs, start_time)
 
+    # -- resuming ------------------------------------------------------------------------------------------------------
+
+    def _init_training_state(self, max_steps: int, *args: Any) -> tuple[int, int]:
+        start = super()._init_training_state(max_steps, *args)
+        # HF takes the intervals of logs, saves and evaluations from the checkpoint. They may change at a resume.
+        self.state.compute_steps(self.args, max_steps)
+        # A run that was killed after its last step, but before `final`: HF would train one step more.
+        is_over = self.state.global_step >= max_steps or has_stopped_early(self.state)
+        return (sys.maxsize, 0) if is_over else start
+
     # -- validation ----------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -198,10 +214,11 @@ class Trainer(transformers.Trainer):
                 for path in list(inner.iterdir()):
                     path.rename(self.partial / path.name)
                 inner.rmdir()
+                add_training_state(self.partial)
+                make_room(final)
         self.partial = None
         if self.args.should_save:
-            limit = self.args.save_total_limit
-            rotate_checkpoints(output_dir=self.args.output_dir, save_total_limit=limit, use_mtime=False)
+            rotate_checkpoints(final, self.args.save_total_limit, f"checkpoint-{self.state.best_global_step}")
         self.accelerator.wait_for_everyone()
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
@@ -216,6 +233,7 @@ class Trainer(transformers.Trainer):
         is_sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
         state = self.accelerator.get_state_dict(self.model_wrapped) if is_sharded else None
         if is_main_process():
+            make_room(directory)
             with atomic.write_directory(directory) as partial:
                 self.write_checkpoint(partial, directory, state)
         self.accelerator.wait_for_everyone()

@@ -13,7 +13,7 @@ import datasets
 
 import tinyllava.data.sources.llava_json as llava_json
 import tinyllava.data.sources.messages as messages
-from tinyllava.cache import digest
+from tinyllava.cache import digest, hash_files
 from tinyllava.config import DataSpec
 from tinyllava.data.sources._json import SUFFIXES
 from tinyllava.data.sources.source import Source, list_image_folders
@@ -47,8 +47,9 @@ def read(spec: DataSpec, cache_dir: Path) -> Source:
     local = Path(spec.path)
     roots = list_image_folders(spec, [str(local if local.is_dir() else local.parent)] if local.exists() else [])
     if isinstance(records, datasets.IterableDataset):
-        key = digest(spec.path, spec.name, spec.split, columns)
-        return Source(spec.path, records.decode(False), record_format.to_sample, roots, key, key)
+        named = digest(spec.path, spec.name, spec.split, columns)
+        files = hash_files(spec.path) or named  # on the Hub, only the names are known
+        return Source(spec.path, records.decode(False), record_format.to_sample, roots, named, files)
     records = records.with_format("arrow")  # undecoded
     return Source(spec.path, records, record_format.to_sample, roots, hash_records(records), records._fingerprint)
 
