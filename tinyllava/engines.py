@@ -8,13 +8,13 @@ from collections.abc import Mapping
 from typing import Any
 
 TOWERS = {"clip_vision_model", "siglip_vision_model"}  # Llava's, in vLLM and in llama.cpp
-COMPARED_LLMS = {"gemma", "gemma3_text", "llama", "mistral", "phi3", "qwen2", "qwen3"}
+COMPARED_LLMS = {"gemma", "gemma3_text", "llama", "mistral", "phi3", "qwen2", "qwen3", "stablelm"}
 # Of vLLM's projector. The connectors `linear` and `identity` are a projector with the activation `linear`.
 ACTIVATIONS = {"gelu", "gelu_new", "relu", "silu"}
 # The class that config.json names beside an adapter. transformers goes by `model_type`; vLLM and llama.cpp go by the
 # class, and would serve the base without its adapter. They refuse a class that they do not know, and print its name.
 UNMERGED_CLASS = "LlavaWithAdapter_run_tinyllava_export"
-UNMERGED = "it does not apply an adapter: `tinyllava export DIR` merges it (--to hf) or writes it apart (--to adapter)"
+UNMERGED = "it does not apply an adapter. `tinyllava export DIR --to merged` merges it, `--to adapter` writes it apart"
 SPLIT = "`tinyllava export DIR --to split`, if llama.cpp has the LLM and its tokenizer"
 
 

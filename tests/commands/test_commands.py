@@ -38,8 +38,8 @@ def test_look_shows_what_will_be_trained_and_writes_nothing(
     assert "optimiser steps  12 (24 samples, 4 per step, 2 epochs)" in finetune
     assert "lora (r 4, alpha 8)" in finetune and "0.005" in finetune
     assert "image 1: 50x40 -> 32x32 px, 16 tokens" in pretrain and "<image x 16>thing number" in pretrain
-    assert "plain llava: loads in transformers and vLLM without our code" in finetune
-    assert "export DIR --to merged" in finetune
+    assert "plain llava: loads in transformers without our code" in finetune
+    assert "vLLM         no: it does not apply an adapter" in finetune and "export DIR --to merged" in finetune
     assert [child.name for child in tmp_path.iterdir()] == ["tiny.yaml"]
 
 

@@ -118,5 +118,5 @@ def show_sample(setup: StageSetup, item: dict[str, Any], console: Console) -> No
 def list_loaders(setup: StageSetup) -> list[str]:
     """List which programs can run the checkpoint that the last stage writes."""
     reason = explain_not_plain(setup.vlm.model)
-    first = "plain llava" if reason is None else f"not plain llava: {reason}"
+    first = "plain llava: loads in transformers without our code" if reason is None else f"not plain llava: {reason}"
     return [first, *list_lines(find_engines(setup.vlm.model), "DIR")]
