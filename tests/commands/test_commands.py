@@ -76,6 +76,9 @@ def test_a_run_writes_log_and_curves_and_is_not_trained_twice(
     assert {"lr/connector", "lr/llm", "grad_norm", "epoch", "time"} <= set(lines[-2])
     again = tinyllava("train", trained.parent / "tiny.yaml", "--output", trained)
     assert again.code == 0 and "stage finetune: already finished" in again.err
+    final = trained / "finetune" / "final"
+    assert f"vLLM         no: it does not apply an adapter. `tinyllava export {final} --to merged`" in again.out
+    assert f"llama.cpp    through `tinyllava export {final} --to split`" in again.out
     other = tinyllava("train", trained.parent / "tiny.yaml", "seed=7", "--output", trained)
     assert_refused(other, "another recipe", "--overwrite")
 
