@@ -1,10 +1,13 @@
 # make demo: install the package, then train a small model, score it and show how to chat with it.
 # make test: run the linter and the test suite.
+# make test-engines: compare our answers with those of vLLM, which gets an environment of its own (.venv-engines).
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: install demo test lint clean
+ENGINES := .venv-engines
+
+.PHONY: install demo test test-engines lint clean
 
 install: $(VENV)/.installed
 
@@ -27,5 +30,17 @@ lint: install
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
 
+test-engines: install $(ENGINES)/.installed
+	OMP_NUM_THREADS=1 TINYLLAVA_ENGINES=$(CURDIR)/$(ENGINES)/bin/python $(BIN)/pytest tests/engines
+
+# The lock has every package, because vLLM's own requirements name a CPU build of torch that PyPI does not have.
+# torchvision from PyPI cannot register its operators in a CPU build of torch. Llava does not use them: they are left out.
+$(ENGINES)/.installed: tests/engines/requirements.lock
+	$(PYTHON) -m venv $(ENGINES)
+	$(ENGINES)/bin/pip install --quiet --disable-pip-version-check --no-deps --requirement tests/engines/requirements.lock
+	echo 'import sys; sys.modules["torchvision._meta_registrations"] = sys.modules["torchvision._autograd_registrations"] = sys' \
+	    > $$($(ENGINES)/bin/python -c 'import site; print(site.getsitepackages()[0])')/torchvision_without_operators.pth
+	touch $@
+
 clean:
-	rm -rf $(VENV) runs build *.egg-info
+	rm -rf $(VENV) $(ENGINES) runs build *.egg-info

@@ -87,6 +87,9 @@ def train(
         ask_and_score(final, tasks, data, run_dir)
     output.print(f"\nchat     tinyllava chat {shlex.quote(str(run_dir))}", highlight=False, soft_wrap=True)
     output.print(f"weights  {final}", highlight=False, soft_wrap=True)
+    from tinyllava.commands.engines import show_engines
+
+    show_engines(final, output)
 
 
 @app.command("look")
@@ -177,7 +180,9 @@ def export(
     checkpoint: Checkpoint,
     to: Annotated[
         str,
-        typer.Option(help="merged: full weights. hf: for the Hub, with a model card. split: one directory per part."),
+        typer.Option(
+            help="merged: full weights. hf: with a model card. adapter: base and LoRA for vLLM. split: one part each."
+        ),
     ],
     output_dir: Annotated[Path, typer.Option("--output", help="The directory to create.")],
     push: Annotated[

@@ -44,8 +44,8 @@ def test_look_shows_what_will_be_trained_and_writes_nothing(
     assert "optimiser steps  12 (24 samples, 4 per step, 2 epochs)" in finetune
     assert "lora (r 4, alpha 8)" in finetune and "0.005" in finetune
     assert "image 1: 50x40 -> 32x32 px, 16 tokens" in pretrain and "<image x 16>thing number" in pretrain
-    assert "plain llava: loads in transformers and vLLM without our code" in finetune
-    assert "export DIR --to merged" in finetune
+    assert "plain llava: loads in transformers without our code" in finetune
+    assert "vLLM         no: it does not apply an adapter" in finetune and "export DIR --to merged" in finetune
     assert [child.name for child in tmp_path.iterdir()] == ["tiny.yaml"]
 
 
@@ -113,6 +113,9 @@ def test_a_run_writes_log_and_curves_and_is_not_trained_twice(
     assert {"lr/connector", "lr/llm", "grad_norm", "epoch", "time"} <= set(lines[-2])
     again = tinyllava("train", trained.parent / "tiny.yaml", "--output", trained)
     assert again.code == 0 and "stage finetune: already finished" in again.err
+    final = trained / "finetune" / "final"
+    assert f"vLLM         no: it does not apply an adapter. `tinyllava export {final} --to merged`" in again.out
+    assert f"llama.cpp    through `tinyllava export {final} --to split`" in again.out
     other = tinyllava("train", trained.parent / "tiny.yaml", "seed=7", "--output", trained)
     assert_refused(other, "another recipe", "--overwrite")
 

@@ -15,10 +15,14 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import tinyllava as package
 from tests.cli_tools import CommandResult, assert_refused, recipe, run_command_line, write_recipe  # noqa: F401  (the fixture `tinyllava`)
+from tests.conftest import LLAMA
 from tests.hub_server import hub
+from tests.tiny_vlm import build_moved_vlm, compute_logits
+from tinyllava import checkpoint
 
 LEGACY = Path(__file__).parents[1] / "parity" / "legacy_checkpoints"
 QUESTION = "What is it?"
+UNTIED = {**LLAMA, "tie_word_embeddings": False}
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +57,7 @@ def test_hf_has_a_card_with_recipe_and_scores_and_answers_as_before(
     out = tmp_path / "my-model"
     said = tinyllava("export", trained, "--to", "hf", "--output", out)
     assert said.code == 0 and f"{out}: plain llava" in said.out, said.err
+    assert "vLLM         yes" in said.out and f"export {out} --to split" in said.out
     assert not list(out.glob("adapter*"))  # folded in
     assert greedy(out, pictures / "3.png") == greedy(trained / "finetune" / "final", pictures / "3.png")
 
@@ -72,6 +77,77 @@ def test_the_card_has_no_scores_of_other_weights(
     out = tmp_path / "first-stage"
     assert tinyllava("export", trained / "pretrain" / "final", "--to", "hf", "--output", out).code == 0
     assert "POPE" not in (out / "README.md").read_text()
+
+
+def test_adapter_writes_a_base_and_a_lora_module(
+    tinyllava: Callable[..., CommandResult], trained: Path, tmp_path: Path, pictures: Path
+) -> None:
+    """Together they are the model again; the module holds LoRA layers of the LLM and nothing else, as vLLM requires."""
+    from peft import PeftModel
+    from safetensors import safe_open
+
+    out, final = tmp_path / "apart", trained / "finetune" / "final"
+    said = tinyllava("export", trained, "--to", "adapter", "--output", out)
+    assert said.code == 0, said.err
+    serve = f"vllm serve {out}/base --enable-lora --max-lora-rank 8 --lora-modules apart={out}/adapter"
+    assert serve in said.out and f"{out}/base: plain llava" in said.out
+    assert not list((out / "base").glob("adapter*")) and package.load(out / "base")
+    assert json.loads((out / "base" / "config.json").read_text())["architectures"] == ["LlavaForConditionalGeneration"]
+    with safe_open(out / "adapter" / "adapter_model.safetensors", framework="pt") as file:
+        names = list(file.keys())
+    layer = "base_model.model.model.language_model.layers.0.self_attn.q_proj.lora_A.weight"
+    assert layer in names and all(".language_model." in name and ".lora_" in name for name in names)
+    config = json.loads((out / "adapter" / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"], config["rank_pattern"]) == (4, 8, {})
+    assert config["modules_to_save"] is None and config["base_model_name_or_path"] == str(out / "base")
+
+    ids = torch.tensor([[5, 6, 7, 8]])
+    whole = AutoModelForImageTextToText.from_pretrained(final)(input_ids=ids).logits
+    base = AutoModelForImageTextToText.from_pretrained(out / "base")
+    assert not torch.equal(base(input_ids=ids).logits, whole)
+    model = PeftModel.from_pretrained(base, out / "adapter")
+    torch.testing.assert_close(model(input_ids=ids).logits, whole, rtol=0, atol=0)
+    again = ("--to", "adapter", "--output", tmp_path / "x")
+    assert_refused(tinyllava("export", out / "base", *again), "no adapter")
+    assert not (tmp_path / "x").exists()
+
+
+ADAPTED = {"lora": {"r": 4, "alpha": 8}}
+REFUSED = {  # {what the error says: (parts, tune)}
+    "use_dora": ({}, {"llm": {"lora": {"r": 4, "alpha": 8, "use_dora": True}}}),
+    "qkv_proj of this LLM": ({"llm": {**UNTIED, "model_type": "phi3"}}, {"llm": ADAPTED}),
+    "the LLM has no adapter": ({}, {"vision_tower": ADAPTED}),
+    "rank 600": ({}, {"llm": {"lora": {"r": 600, "alpha": 8, "targets": "attention"}}}),
+}
+
+
+@pytest.mark.parametrize("reason", REFUSED)
+def test_an_adapter_that_vllm_cannot_serve_is_refused(
+    reason: str, tinyllava: Callable[..., CommandResult], tmp_path: Path
+) -> None:
+    parts, tune = REFUSED[reason]
+    checkpoint.save(build_moved_vlm(tune, **parts), tmp_path / "c")
+    said = tinyllava("export", tmp_path / "c", "--to", "adapter", "--output", tmp_path / "x")
+    assert_refused(said, reason, "--to hf")
+    assert not (tmp_path / "x").exists()
+
+
+def test_adapters_of_other_parts_are_merged_into_the_base(
+    tinyllava: Callable[..., CommandResult], tmp_path: Path, pictures: Path
+) -> None:
+    """vLLM adapts only the LLM. Each part has its own rank and alpha here; the module has those of the LLM."""
+    from peft import PeftModel
+
+    tower, connector = {"lora": {"r": 2, "alpha": 6}}, {"lora": {"r": 3, "alpha": 3}}
+    vlm = build_moved_vlm({"llm": {"lora": {"r": 4, "alpha": 8}}, "vision_tower": tower, "connector": connector})
+    checkpoint.save(vlm, tmp_path / "c")
+    assert tinyllava("export", tmp_path / "c", "--to", "adapter", "--output", tmp_path / "x").code == 0
+    config = json.loads((tmp_path / "x" / "adapter" / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"], config["alpha_pattern"]) == (4, 8, {})
+    base = AutoModelForImageTextToText.from_pretrained(tmp_path / "x" / "base")
+    model = PeftModel.from_pretrained(base, tmp_path / "x" / "adapter").eval()
+    expected = compute_logits(vlm.model, vlm.processor, pictures)
+    torch.testing.assert_close(compute_logits(model, vlm.processor, pictures), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_split_prints_what_it_wrote(tinyllava: Callable[..., CommandResult], trained: Path, tmp_path: Path) -> None:

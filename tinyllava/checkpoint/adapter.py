@@ -63,7 +63,8 @@ def write_adapter(
     if is_carried:
         base_hashes.pop("connector", None)
     save_file(tensors, directory / ADAPTER, metadata={"format": "pt", "base": json.dumps(base_hashes)})
-    config.base_model_name_or_path = "."  # the base weights are in the same directory
+    # For peft's AutoPeftModel, which requires that there is no `task_type`: peft has none for images and text.
+    config.auto_mapping = {"base_model_class": "AutoModelForImageTextToText", "parent_library": "transformers"}
     # As in peft's own save: on disk the adapter is for inference, and the config in memory does not change.
     config.inference_mode, training = True, config.inference_mode
     config.modules_to_save = ["multi_modal_projector"] if is_carried else None

@@ -2,6 +2,7 @@
 
 merged   an ordinary checkpoint with the adapter merged into its weights
 hf       the same with a model card (recipe, data, scores), for `hf upload`; an adapter is merged
+adapter  the base and the LLM's adapter apart, as vLLM serves them with --enable-lora
 split    LLM, vision tower and connector in directories of their own, for llama.cpp's tools
 """
 
@@ -15,39 +16,45 @@ from huggingface_hub.errors import HFValidationError, HTTPError, LocalTokenNotFo
 from tinyllava import atomic, checkpoint
 from tinyllava.checkpoint.adapter import has_adapter, merge_adapter
 from tinyllava.commands.card import find_scores, make_model_card
+from tinyllava.commands.engines import show_engines
+from tinyllava.commands.lora_module import make_serve_command, write_lora_module
 from tinyllava.commands.split import write_split
 from tinyllava.console import output
 from tinyllava.errors import UserError
 from tinyllava.factory import suggest_nearest
 from tinyllava.infer import find_checkpoint
 from tinyllava.model.parts import DTYPES
+from tinyllava.model.vlm import VLM
 
-FORMS = ("merged", "hf", "split")
+FORMS = ("merged", "hf", "adapter", "split")
 
 
 def export_and_show(
     path: str, to: str, output_dir: Path, push: str | None, dtype: str, lacking: Mapping[str, Any]
 ) -> None:
     """Export a checkpoint, upload it to the Hub repository `push` if there is one, and print what was written."""
-    reason = export_checkpoint(path, to, output_dir, push or output_dir.name, dtype, lacking)
+    vlm = export_checkpoint(path, to, output_dir, push or output_dir.name, dtype, lacking)
     if to == "split":
         for part in ("llm", "vision_tower", "connector"):
             output.print(f"{output_dir}/{part}", highlight=False, soft_wrap=True)
     else:
+        directory = output_dir / "base" if to == "adapter" else output_dir
+        reason = checkpoint.explain_not_plain(vlm.model)
         kind = "plain llava" if reason is None else f"not plain llava: {reason}"
-        output.print(f"{output_dir}: {kind}", highlight=False, soft_wrap=True)
+        output.print(f"{directory}: {kind}", highlight=False, soft_wrap=True)
+        show_engines(directory, output)
+    if to == "adapter":
+        output.print(make_serve_command(output_dir), highlight=False, soft_wrap=True)
     if push:
         output.print(f"uploaded to {push_to_hub(output_dir, push)}", highlight=False, soft_wrap=True)
 
 
-def export_checkpoint(
-    path: str, to: str, output_dir: Path, name: str, dtype: str, lacking: Mapping[str, Any]
-) -> str | None:
-    """Write a checkpoint in the form `to`. Returns why the result is not plain llava, or None if it is plain llava.
+def export_checkpoint(path: str, to: str, output_dir: Path, name: str, dtype: str, lacking: Mapping[str, Any]) -> VLM:
+    """Write a checkpoint in the form `to`, and return what was written. For `adapter`, this is the base.
 
     path: a checkpoint or a run. name: the model's name on its card. dtype: of the stored weights. lacking: keywords of
-    `checkpoint.load`. Raises UserError for an unknown form or dtype, if `output_dir` exists, and if there is no adapter
-    to merge.
+    `checkpoint.load`. Raises UserError for an unknown form or dtype, if `output_dir` exists, if there is no adapter
+    to merge, and if vLLM cannot serve the adapter of `--to adapter`.
     """
     if dtype not in DTYPES:
         raise UserError(f"unknown dtype '{dtype}'{suggest_nearest(dtype, list(DTYPES))} Known: {', '.join(DTYPES)}.")
@@ -58,18 +65,19 @@ def export_checkpoint(
     source = find_checkpoint(path)
     vlm = checkpoint.load(source, DTYPES[dtype], **lacking)
     run = {**vlm.record.get("run", {}), "exported_from": source.name}
-    if has_adapter(vlm.model) or to == "merged":
+    if to != "adapter" and (has_adapter(vlm.model) or to == "merged"):
         merge_adapter(vlm.model)
-    reason = checkpoint.explain_not_plain(vlm.model)
     with atomic.write_directory(output_dir) as directory:
         if to == "split":
             write_split(vlm, directory)
+        elif to == "adapter":
+            write_lora_module(vlm, directory, output_dir, run)
         else:
             checkpoint.save(vlm, directory, run)
         if to == "hf":
             card = make_model_card(vlm, run, find_scores(Path(path), source), name)
             card.save(directory / "README.md")
-    return reason
+    return vlm
 
 
 def push_to_hub(directory: Path, repository: str) -> str:

@@ -15,8 +15,8 @@ from rich.padding import Padding
 from rich.rule import Rule
 from rich.text import Text
 
-from tinyllava.checkpoint.adapter import has_adapter
 from tinyllava.checkpoint.layout import explain_not_plain
+from tinyllava.checkpoint.saving import find_engines
 from tinyllava.commands.parts_table import make_parts_table
 from tinyllava.commands.render import colour_tokens, draw_histogram
 from tinyllava.commands.stand_ins import make_stand_ins
@@ -25,6 +25,7 @@ from tinyllava.data.labels import IGNORE
 from tinyllava.data.streaming import StreamingDataset
 from tinyllava.data.template import image_token_id
 from tinyllava.data.tiles import count_image_tokens
+from tinyllava.engines import list_lines
 from tinyllava.train.plan import Plan
 from tinyllava.train.stage import StageSetup, prepare_stage
 
@@ -129,15 +130,7 @@ def show_sample(setup: StageSetup, item: dict[str, Any], console: Console) -> No
 
 
 def list_loaders(setup: StageSetup) -> list[str]:
-    """List which libraries can load the checkpoint that the last stage writes."""
+    """List which programs can run the checkpoint that the last stage writes."""
     reason = explain_not_plain(setup.vlm.model)
-    if reason is None:
-        lines = ["plain llava: loads in transformers and vLLM without our code"]
-    else:
-        lines = [
-            f"not plain llava: {reason}.",
-            "It loads in transformers after `import tinyllava.model.vlm`; vLLM cannot run it.",
-        ]
-    if has_adapter(setup.vlm.model):
-        lines.append("It has a LoRA adapter: `tinyllava export DIR --to merged` merges it into the weights.")
-    return lines
+    first = "plain llava: loads in transformers without our code" if reason is None else f"not plain llava: {reason}"
+    return [first, *list_lines(find_engines(setup.vlm.model), "DIR")]

@@ -2,7 +2,7 @@
 
     OUT/llm/            an ordinary LLM with its tokenizer: AutoModelForCausalLM loads it, llama.cpp converts it
     OUT/vision_tower/   an ordinary tower with its image processor: AutoModel loads it; of a mixture: first/ and second/
-    OUT/connector/      its weights and config.json; also llava.projector for llama.cpp, if the connector is Llava's
+    OUT/connector/      its weights and config.json; also llava.projector for llama.cpp, if it can run it
 
 A recipe can use the first two by path: `llm: OUT/llm`, `vision_tower: OUT/vision_tower`.
 """
@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from tinyllava.checkpoint.layout import NESTED_TOWERS, PREFIXES, to_llava_projector
+from tinyllava.engines import list_projector_limits
 from tinyllava.model.modeling import TinyLlavaForConditionalGeneration
 from tinyllava.model.processor import clean_tokenizer
 from tinyllava.model.vlm import VLM
@@ -68,7 +69,8 @@ def write_connector(model: TinyLlavaForConditionalGeneration, directory: Path) -
     settings = {name: getattr(config, name) for name in (*names, "image_mean", "image_std", "tiles")}
     settings |= {"vision_dim": config.vision_config.hidden_size, "text_dim": config.text_config.hidden_size}
     (directory / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-    if getattr(connector, "llava_projector", lambda: None)() is not None and not config.tiles:
+    act = (getattr(connector, "llava_projector", lambda: None)() or {}).get("projector_hidden_act")
+    if not list_projector_limits(config, act):  # llama.cpp would misread any other
         prefix = PREFIXES["connector"]
         projector = to_llava_projector(model, add_prefix(state, prefix), prefix)
         torch.save({name: tensor.float() for name, tensor in projector.items()}, directory / "llava.projector")

@@ -165,8 +165,8 @@ def _is_empty(value: Any) -> bool:
 def unwrap_image(reference: Any) -> Any:
     """The image that a dict holds, at any depth; None if it holds none. All other references are returned unchanged."""
     while isinstance(reference, dict):
-        key = next((key for key in IMAGE_KEYS if hasattr(value := reference.get(key), "shape") or value), None)
-        reference = reference.get(key)  # an array has no truth value
+        key = next((key for key in IMAGE_KEYS if not _is_empty(reference.get(key))), None)
+        reference = reference.get(key)
         if key in ("base64", "data") and isinstance(reference, str) and not reference.startswith("data:"):
             reference = f"data:;base64,{reference}"  # never a path
     return reference
@@ -263,7 +263,7 @@ def _read_part(part: Any, sample_id: str) -> tuple[str, list[Any]]:
     if kind not in ("image", "image_url", "input_image"):
         text = f"content of type {reprlib.repr(kind):.80} is neither text nor image"
         raise SampleError(_find_kind(kind, "placeholders"), text, sample_id)
-    image = unwrap_image({key: value for key, value in part.items() if not _is_empty(value)})
+    image = unwrap_image(part)
     return IMAGE_PART, [] if image is None else [image]
 
 

@@ -29,5 +29,5 @@ class CheckpointWriter:
         skipped: number of samples whose images could not be read. state: the weights, if gathered from shards.
         """
         run = {**self.record.describe_stage(self.stage, step), "skipped_in_training": skipped}
-        written = checkpoint.save(self.vlm, directory, run, state, self.files)
+        written = checkpoint.save(self.vlm, directory, run, state, self.files, name)
         self.files |= {part: [name / file.name for file in written[part]] for part in self.untrained}
