@@ -242,6 +242,7 @@ def test_xmp_and_text_chunks_turn_an_image_too() -> None:
             assert read_image_size(content) == open_image(content).size == (32, 48), (name, at)
 
 
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
 @pytest.mark.parametrize(
     "exif", [b"Exif\0\0", b"Exif\0\0garbage", b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0MM\0*\0\0\0\x08\xff\xff"]
