@@ -121,6 +121,14 @@ def test_one_transparent_colour(image: Image.Image, kind: str, clear: Any) -> No
     assert (opened[:, 0] == 255).all()  # it was the darkest
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_images_that_were_converted_by_the_user_are_shown() -> None:
+    stored = encode(COLOUR, "PNG", transparency=(0, 255, 90))
+    for mode in ("1", "L", "I", "I;16", "F", "P", "RGBA", "CMYK", "YCbCr", "HSV"):
+        image = Image.open(io.BytesIO(stored)).convert(mode)  # it may keep the transparent colour of the old mode
+        assert open_image(image).size == COLOUR.size
+
+
 @pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG", "TIFF", "AVIF", "MPO"])
 def test_the_first_of_several_frames_is_shown(kind: str) -> None:
     red, green = (Image.new("RGB", (64, 48), colour) for colour in ((255, 0, 0), (0, 255, 0)))
@@ -234,6 +242,7 @@ def test_xmp_and_text_chunks_turn_an_image_too() -> None:
             assert read_image_size(content) == open_image(content).size == (32, 48), (name, at)
 
 
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
 @pytest.mark.parametrize(
     "exif", [b"Exif\0\0", b"Exif\0\0garbage", b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0MM\0*\0\0\0\x08\xff\xff"]

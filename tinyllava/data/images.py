@@ -25,7 +25,7 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".webp")
 # Some of Pillow's other decoders start programs (EPS) or take any file for an image (SPIDER).
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "PPM", "WEBP", "TIFF", "JPEG2000", "ICO", "TGA", "QOI", "AVIF")
 # What Pillow's decoders raise on damaged files, over all formats.
-DAMAGED = (OSError, SyntaxError, ValueError, EOFError, LookupError, ArithmeticError, RuntimeError)
+DAMAGED = (OSError, SyntaxError, ValueError, TypeError, EOFError, LookupError, ArithmeticError, RuntimeError)
 DAMAGED += (struct.error, zlib.error, Image.DecompressionBombError, Image.DecompressionBombWarning)
 URL_TIMEOUT = 30  # seconds
 TURNS = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # EXIF orientation -> Image.Transpose that turns it upright
@@ -176,5 +176,6 @@ def _scale_to_grey(image: Image.Image) -> Image.Image:
     elif low >= 0 and 0.5 <= high <= 1:
         low, high = 0, 1
     scaled = (values - low) / (high - low) if high > low else np.full_like(values, 0.5)
-    scaled[values == image.info.get("transparency")] = 1  # white
+    if isinstance(image.info.get("transparency"), int):
+        scaled[values == image.info["transparency"]] = 1  # white
     return Image.fromarray(np.rint(scaled * 255).astype(np.uint8))
