@@ -13,8 +13,8 @@ from tinyllava.checkpoint.record import FORMAT, write_record
 from tinyllava.checkpoint.weight_files import write_weights
 from tinyllava.engines import UNMERGED_CLASS, list_engines
 from tinyllava.model.configuration import TinyLlavaConfig
-from tinyllava.model.processor import clean_tokenizer
 from tinyllava.model.modeling import TinyLlavaForConditionalGeneration
+from tinyllava.model.processor import clean_tokenizer
 from tinyllava.model.vlm import VLM
 
 
