@@ -15,11 +15,12 @@ A stage that quantises weights saves the unquantised ones in start/, unless it s
 import logging
 import os
 import shutil
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import TrainingArguments
+from transformers import EarlyStoppingCallback, TrainingArguments
 
 from tinyllava import atomic
 from tinyllava.checkpoint import is_whole
@@ -40,7 +41,7 @@ from tinyllava.train.record import RunRecord
 from tinyllava.train.sharding import check_sharding
 from tinyllava.train.start import WeightFiles, keep_unquantised, start_stage
 from tinyllava.train.trainer import Trainer
-from tinyllava.train.tune import TunedPart, apply_tuning, select_tuning
+from tinyllava.train.tune import TunedPart, apply_tuning, describe_parts, select_tuning
 
 logger = logging.getLogger("tinyllava")
 FINAL, START = "final", "start"
@@ -70,6 +71,7 @@ def run(recipe: Recipe, name: str, output: Path, overwrite: bool = False) -> Pat
     if overwrite and is_main_process():
         shutil.rmtree(output, ignore_errors=True)
     record = RunRecord(output, recipe, name)
+    check_stages(recipe, [stage for stage in recipe.stages if not is_whole(output / stage / FINAL)])
     if is_main_process():
         atomic.write_text(output / "recipe.yaml", recipe.to_yaml())
         record.write()
@@ -82,6 +84,17 @@ def run(recipe: Recipe, name: str, output: Path, overwrite: bool = False) -> Pat
             run_stage(recipe, stage, previous, output / stage, record)
         previous = final
     return final
+
+
+def check_stages(recipe: Recipe, names: Iterable[str], trains: bool = True) -> None:
+    """Make the arguments of these stages, so that a wrong value of a late one stops the run before the first trains.
+
+    trains: whether they will train in this process. Raises UserError for a value that cannot be used.
+    """
+    for name in names:
+        args = make_arguments(recipe, name, Path("runs"))
+        if trains and args.fsdp and args.world_size == 1:
+            raise UserError(f"stages.{name}.trainer.fsdp requires several processes. Start the command with torchrun.")
 
 
 def run_stage(recipe: Recipe, name: str, previous: Path | None, output: Path, record: RunRecord) -> None:
@@ -121,9 +134,10 @@ def prepare_stage(
     parts = apply_tuning(vlm.model, stage.tune, recipe.seed, selections)
     logger.info("stage %s: %s", name, ", ".join(f"{part.title} {part.tuning}" for part in parts))
 
-    args = make_arguments(stage, output, recipe.seed)
+    args = make_arguments(recipe, name, output)
     check_sharding(selections, args)
-    set_precision(vlm.model, args)
+    set_precision(vlm.model, args, is_half_chosen=recipe.model.dtype in ("bfloat16", "float16"))
+    parts = describe_parts(vlm.model, stage.tune)
 
     logger.info("stage %s: reading %s", name, ", ".join(spec.path for spec in stage.data))
     dataset, validation = read_data(recipe, stage, vlm)
@@ -165,6 +179,8 @@ def make_trainer(
     """The Trainer of a stage. `order` fixes the order of samples (see plan.py)."""
     if setup.args.use_cpu and "OMP_NUM_THREADS" not in os.environ and setup.vlm.model.num_parameters() < ONE_THREAD:
         torch.set_num_threads(1)
+    early = setup.stage.early_stopping
+    stopping = [EarlyStoppingCallback(early.patience, early.threshold)] if early else []
     return Trainer(
         vlm=setup.vlm,
         args=setup.args,
@@ -172,6 +188,6 @@ def make_trainer(
         dataset=setup.dataset,
         validation=setup.validation,
         writer=CheckpointWriter(setup.vlm, name, record, setup.start_files),
-        callbacks=[RunLog(output), ProgressBar(name)],
+        callbacks=[RunLog(output), ProgressBar(name), *stopping],
         order=order,
     )

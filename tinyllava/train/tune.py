@@ -83,6 +83,11 @@ def apply_tuning(
         raise UserError(
             "every part is frozen, so there is nothing to train. Set tune.vision_tower, .connector or .llm."
         )
+    return describe_parts(model, tune)
+
+
+def describe_parts(model: TinyLlavaForConditionalGeneration, tune: Tune) -> list[TunedPart]:
+    """A row for each part of a tuned model."""
     return [_describe_part(model, part, tune) for part in PARTS]
 
 
