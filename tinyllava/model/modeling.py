@@ -106,7 +106,7 @@ class TinyLlavaModel(LlavaModel):
         return torch.cat([state[:, self.config.dropped_tokens :] for state in states], dim=-1)
 
     def project_features(self, features: Tensor) -> Tensor:
-        """The connector, in its own dtype: [I, P, Dv] -> [I, T, D]. A frozen tower can be in half precision beside it."""
+        """Image tokens of tower features: [I, P, Dv] -> [I, T, D]. A frozen tower can have another precision."""
         floats = (weight.dtype for weight in self.multi_modal_projector.parameters() if weight.is_floating_point())
         return self.multi_modal_projector(features.to(next(floats, features.dtype)))
 

@@ -15,32 +15,11 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION, get_scheduler
 
 from tinyllava.config import Recipe, Stage
-from tinyllava.config.trainer_fields import check_trainer
+from tinyllava.config.trainer_fields import RULES, check_trainer
 from tinyllava.errors import UserError
 from tinyllava.factory import suggest_nearest
 from tinyllava.train.plan import Plan
 
-DEEPSPEED = {  # {name: settings} for `deepspeed: NAME` in `trainer:`
-    "zero2": {"stage": 2, "overlap_comm": True, "contiguous_gradients": True},
-    "zero3": {
-        "stage": 3,
-        "overlap_comm": True,
-        "contiguous_gradients": True,
-        "stage3_gather_16bit_weights_on_model_save": True,  # without it no weights are written at all
-    },
-}
-# What requires a validation loss: keys with any value, and keys with some values.
-VALIDATED_KEYS = ("load_best_model_at_end", "metric_for_best_model", "eval_on_start")
-VALIDATED_VALUES = {"save_strategy": ["best"], "lr_scheduler_type": ["reduce_lr_on_plateau", "greedy"]}
-# Optimisers that make parameter groups themselves, or that evaluate with other weights than they train.
-OWN_GROUPS = ("galore", "apollo", "lomo", "adalomo", "schedule_free")
-IGNORED = {  # options that a scheduler ignores
-    "constant": ["warmup_steps", "lr_scheduler_kwargs"],
-    "constant_with_warmup": ["lr_scheduler_kwargs"],
-    "reduce_lr_on_plateau": ["warmup_steps"],
-    "greedy": ["warmup_steps"],
-}
-CHECKPOINTING = ("use_reentrant", "preserve_rng_state", "determinism_check", "early_stop", "every_n_layers", "offload")
 LARGEST_MICRO_BATCH = 16  # by default; trainer.per_device_train_batch_size can be larger
 
 
@@ -56,32 +35,21 @@ def make_arguments(recipe: Recipe, name: str, output: Path) -> TrainingArguments
     options["deepspeed"] = find_deepspeed_config(where, options)
     world = int(os.environ.get("WORLD_SIZE", 1))
     micro = options.setdefault("per_device_train_batch_size", choose_micro_batch(stage.global_batch_size, world))
-    tracks_best = stage.early_stopping is not None or options.get("save_strategy") == "best"
-    keep_best = options.pop("load_best_model_at_end", stage.early_stopping is not None)
+    is_stopped_early = stage.early_stopping is not None
+    keep_best = options.pop("load_best_model_at_end", is_stopped_early)
+    compares = keep_best or is_stopped_early or options.get("save_strategy") == "best"
     defaults = {
-        "report_to": "tensorboard",
-        "logging_steps": 10,
-        "save_steps": 500,
-        "save_total_limit": 2,
         "eval_strategy": "no" if stage.validation is None else "steps",
         "per_device_eval_batch_size": micro,
         "data_seed": recipe.seed,
-        "ddp_find_unused_parameters": False,  # all trained parameters are in every graph (make_idle_features)
         "dataloader_num_workers": max(1, min(8, (os.cpu_count() or 1) // world)),
         "use_cpu": not torch.cuda.is_available() and not torch.backends.mps.is_available(),
-        "metric_for_best_model": "loss" if keep_best or tracks_best else None,
+        "metric_for_best_model": "loss" if compares else None,
     }
-    ours = {
-        "output_dir": str(output),
-        "seed": recipe.seed,
-        "gradient_accumulation_steps": max(1, stage.global_batch_size // (world * micro)),
-        "remove_unused_columns": False,  # HF would drop what the model's forward does not name, such as "index"
-        "logging_nan_inf_filter": False,  # a NaN must be visible: training_step raises an error for it
-        "disable_tqdm": True,  # callbacks.py draws the progress
-        "restore_callback_states_from_checkpoint": True,  # the patience of early stopping
-    }
+    accumulation = max(1, stage.global_batch_size // (world * micro))
+    ours = {"output_dir": str(output), "seed": recipe.seed, "gradient_accumulation_steps": accumulation}
     try:
-        args = TrainingArguments(**{**defaults, **options, **ours})
+        args = TrainingArguments(**{**RULES["defaults"], **defaults, **options, **RULES["ours"], **ours})
     except (ImportError, KeyError, OSError, TypeError, ValueError) as error:
         raise UserError(f"{where}: {_shorten(error)}.") from None
     args.load_best_model_at_end = keep_best  # set now: HF requires that save_steps is a multiple of eval_steps
@@ -92,20 +60,16 @@ def make_arguments(recipe: Recipe, name: str, output: Path) -> TrainingArguments
 
 def check_validation(where: str, stage: Stage, options: Mapping[str, Any]) -> None:
     """Raise UserError for options that require a validation loss, if the stage has none or never computes it."""
-    if stage.validation is not None and options.get("eval_strategy") != "no":
+    never = options.get("eval_strategy") == "no"
+    if stage.validation is not None and not never:
         return
-    requiring = [f"{key}: {options[key]}" for key, values in VALIDATED_VALUES.items() if options.get(key) in values]
-    requiring += [key for key in VALIDATED_KEYS if options.get(key)]
-    if stage.validation is None:
-        requiring += [key for key in ("eval_steps", "eval_delay") if options.get(key)]
-        requiring += ["eval_strategy"] if options.get("eval_strategy", "no") != "no" else []
-    requiring += ["early_stopping"] if stage.early_stopping else []
-    if requiring:
-        missing = "has no `validation`" if stage.validation is None else "sets `eval_strategy: no`"
-        raise UserError(
-            f"{where}: {requiring[0]} requires a validation loss, but the stage {missing}."
-            f" Add `validation`, or remove {requiring[0]}."
-        )
+    requiring = ["early_stopping"] if stage.early_stopping else []
+    pairs = RULES["validated_values"].items()
+    requiring += [f"{key}: {options[key]}" for key, values in pairs if options.get(key) in values]
+    requiring += [key for key in RULES["validated"] if options.get(key)]
+    if requiring and (stage.validation is None or requiring[0] not in ("eval_steps", "eval_delay")):
+        missing = "sets `eval_strategy: no`" if never else "has no `validation`"
+        raise UserError(f"{where}: {requiring[0]} requires a validation loss, but the stage {missing}. Change either.")
 
 
 def find_deepspeed_config(where: str, options: Mapping[str, Any]) -> dict[str, Any] | str | None:
@@ -115,12 +79,13 @@ def find_deepspeed_config(where: str, options: Mapping[str, Any]) -> dict[str, A
         return None
     if options.get("fsdp"):
         raise UserError(f"{where}: deepspeed and fsdp cannot be used together. Remove one of them.")
-    if isinstance(config, str) and config not in DEEPSPEED and not (config.startswith("{") or Path(config).is_file()):
-        close = suggest_nearest(config, list(DEEPSPEED))
-        raise UserError(f"{where}.deepspeed: no file '{config}'{close} Known: {', '.join(DEEPSPEED)}, or a JSON file.")
+    named = RULES["deepspeed"]
+    if isinstance(config, str) and config not in named and not (config.startswith("{") or Path(config).is_file()):
+        close = suggest_nearest(config, list(named))
+        raise UserError(f"{where}.deepspeed: no file '{config}'{close} Known: {', '.join(named)}, or a JSON file.")
     if find_spec("deepspeed") is None:
         raise UserError(f'{where}.deepspeed requires DeepSpeed: pip install "tinyllava-factory[deepspeed]"')
-    return make_deepspeed_config(config) if isinstance(config, str) and config in DEEPSPEED else config
+    return named.get(config, config) if isinstance(config, str) else config
 
 
 def check_arguments(where: str, stage: Stage, args: TrainingArguments) -> None:
@@ -129,21 +94,16 @@ def check_arguments(where: str, stage: Stage, args: TrainingArguments) -> None:
         Plan([1], stage.global_batch_size, args.per_device_train_batch_size, args.world_size)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
+    best, sharded = args.load_best_model_at_end, args.deepspeed or args.fsdp
     faults = {
-        "load_best_model_at_end saves the best checkpoint, but `save_strategy: no` saves none. Use `best`": (
-            args.load_best_model_at_end and args.save_strategy == "no"
-        ),
-        "load_best_model_at_end with sharded weights requires `save_only_model: false`": (
-            args.load_best_model_at_end and args.save_only_model and (args.deepspeed or args.fsdp)
-        ),
-        "fp16 requires a GPU. Set `bf16: true`, or remove it": args.fp16 and args.device.type == "cpu",
-        "fsdp_config has no effect without fsdp. Set `fsdp: full_shard`, or remove it": (
-            args.fsdp_config and not args.fsdp
-        ),
+        "load_best_model_at_end requires checkpoints: `save_strategy: best`": best and args.save_strategy == "no",
+        "load_best_model_at_end cannot use `save_only_model` of shards": best and args.save_only_model and sharded,
+        "fp16 requires a GPU: set `bf16: true`, or remove it": args.fp16 and args.device.type == "cpu",
+        "fsdp_config has no effect without `fsdp: true`": args.fsdp_config and not args.fsdp,
     }
     for fault in (fault for fault, applies in faults.items() if applies):
         raise UserError(f"{where}: {fault}.")
-    check_keys(f"{where}.activation_checkpointing_kwargs", args.activation_checkpointing_kwargs, CHECKPOINTING)
+    check_keys(f"{where}.activation_checkpointing_kwargs", args.activation_checkpointing_kwargs, RULES["checkpointing"])
     available = get_available_reporting_integrations()
     for name in (name for name in args.report_to if name not in available):
         close = "." if name in INTEGRATION_TO_CALLBACK else suggest_nearest(name, list(INTEGRATION_TO_CALLBACK))
@@ -154,7 +114,7 @@ def check_arguments(where: str, stage: Stage, args: TrainingArguments) -> None:
 def check_optimizer(where: str, args: TrainingArguments) -> None:
     """Train a weight for a step, to see that optimiser and scheduler are installed, and use all of their options."""
     name, scheduler, key = args.optim.value, args.lr_scheduler_type.value, "optim"
-    if name.startswith(OWN_GROUPS):
+    if name.startswith(tuple(RULES["own_groups"])):
         raise UserError(f"{where}.optim: {name} does not work with a parameter group for each part. Use adamw_torch.")
     weight = torch.nn.Parameter(torch.zeros(4096, device=args.device))  # 8-bit optimisers hold smaller ones in fp32
     weight.grad = torch.zeros_like(weight)
@@ -180,14 +140,13 @@ def check_keys(where: str, options: Any, known: Sequence[str]) -> None:
         raise UserError(f"{where}: expected a mapping, found '{str(options)[:80]}'.")
     for key in options or ():
         if key not in known:
-            raise UserError(
-                f"{where}: unknown key '{key}'{suggest_nearest(key, list(known))} Known: {', '.join(known)}."
-            )
+            close = suggest_nearest(key, list(known))
+            raise UserError(f"{where}: unknown key '{key}'{close} Known: {', '.join(known)}.")
 
 
 def find_ignored_options(args: TrainingArguments, used: Mapping[str, Any]) -> str | None:
     """The first option that neither the optimiser nor the scheduler uses. used: the options of the optimiser."""
-    ignored = [key for key in IGNORED.get(args.lr_scheduler_type.value, ()) if getattr(args, key)]
+    ignored = [key for key in RULES["ignored"].get(args.lr_scheduler_type.value, ()) if getattr(args, key)]
     for key, option in {"adam_beta1": "betas", "adam_beta2": "betas", "adam_epsilon": "eps"}.items():
         if option not in used and getattr(args, key) != getattr(TrainingArguments, key):
             ignored.append(key)
@@ -203,20 +162,6 @@ def find_ignored_options(args: TrainingArguments, used: Mapping[str, Any]) -> st
 def _shorten(error: Exception) -> str:
     """The message of another library in one line, with the names of our keys."""
     return " ".join(str(error).split()).replace("--", "")[:300].rstrip(".")
-
-
-def make_deepspeed_config(name: str) -> dict[str, Any]:
-    """The DeepSpeed configuration for `deepspeed: zero2` or `zero3`."""
-    keys = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping", "train_batch_size")
-    return {
-        **dict.fromkeys(keys, "auto"),  # HF Trainer fills these in from TrainingArguments
-        "bf16": {"enabled": "auto"},
-        "fp16": {"enabled": "auto"},
-        # The optimiser is the Trainer's, with a group per part. DeepSpeed would reject it, or replace it on a CPU.
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-        "zero_optimization": DEEPSPEED[name],
-    }
 
 
 def choose_micro_batch(global_batch_size: int, world: int) -> int:
