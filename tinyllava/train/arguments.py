@@ -41,13 +41,14 @@ def make_arguments(recipe: Recipe, name: str, output: Path) -> TrainingArguments
     defaults = {
         "eval_strategy": "no" if stage.validation is None else "steps",
         "per_device_eval_batch_size": micro,
-        "data_seed": recipe.seed,
         "dataloader_num_workers": max(1, min(8, (os.cpu_count() or 1) // world)),
         "use_cpu": not torch.cuda.is_available() and not torch.backends.mps.is_available(),
-        "metric_for_best_model": "loss" if compares else None,
     }
+    for key, value in {"data_seed": recipe.seed, "metric_for_best_model": "loss" if compares else None}.items():
+        options[key] = value if options.get(key) is None else options[key]
     accumulation = max(1, stage.global_batch_size // (world * micro))
     ours = {"output_dir": str(output), "seed": recipe.seed, "gradient_accumulation_steps": accumulation}
+    ours["ddp_backend"] = options.get("ddp_backend") if world > 1 else None
     try:
         args = TrainingArguments(**{**RULES["defaults"], **defaults, **options, **RULES["ours"], **ours})
     except (ImportError, KeyError, OSError, TypeError, ValueError) as error:
@@ -94,16 +95,19 @@ def check_arguments(where: str, stage: Stage, args: TrainingArguments) -> None:
         Plan([1], stage.global_batch_size, args.per_device_train_batch_size, args.world_size)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
+    checkpointing = args.activation_checkpointing_kwargs or {}
+    check_keys(f"{where}.activation_checkpointing_kwargs", checkpointing, RULES["checkpointing"])
+    is_cpu = args.device.type == "cpu"
     best, sharded = args.load_best_model_at_end, args.deepspeed or args.fsdp
     faults = {
         "load_best_model_at_end requires checkpoints: `save_strategy: best`": best and args.save_strategy == "no",
         "load_best_model_at_end cannot use `save_only_model` of shards": best and args.save_only_model and sharded,
-        "fp16 requires a GPU: set `bf16: true`, or remove it": args.fp16 and args.device.type == "cpu",
+        "fp16 requires a GPU: set `bf16: true`, or remove it": args.fp16 and is_cpu,
+        "activation_checkpointing_kwargs: offload requires a GPU": is_cpu and checkpointing.get("offload"),
         "fsdp_config has no effect without `fsdp: true`": args.fsdp_config and not args.fsdp,
     }
     for fault in (fault for fault, applies in faults.items() if applies):
         raise UserError(f"{where}: {fault}.")
-    check_keys(f"{where}.activation_checkpointing_kwargs", args.activation_checkpointing_kwargs, RULES["checkpointing"])
     available = get_available_reporting_integrations()
     for name in (name for name in args.report_to if name not in available):
         close = "." if name in INTEGRATION_TO_CALLBACK else suggest_nearest(name, list(INTEGRATION_TO_CALLBACK))

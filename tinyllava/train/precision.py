@@ -40,7 +40,9 @@ def set_precision(model: nn.Module, args: TrainingArguments, is_half_chosen: boo
         # Without autocast, the weights of a part multiply in one precision; adapters convert their inputs themselves.
         is_beside_trained = not is_mixed and not all(trained[part])
         is_in_gradient = not is_mixed and weight.dtype == torch.float16 and PARTS.index(part) >= first
-        if weight.dtype in HALF and (weight.requires_grad or is_beside_trained or is_in_gradient):
+        # The CPU's norms take bf16 with weights in bf16 or fp32, not in fp16.
+        is_foreign = args.bf16 and weight.dtype == torch.float16 and args.device.type == "cpu"
+        if weight.dtype in HALF and (weight.requires_grad or is_beside_trained or is_in_gradient or is_foreign):
             if not weight.requires_grad:
                 weight.stored_dtype = weight.dtype  # checkpoints hold frozen weights as they were
             weight.data = weight.data.float()
