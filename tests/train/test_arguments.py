@@ -146,7 +146,7 @@ def get_default(name: str) -> object:
 
 
 def test_the_table_has_every_field_once() -> None:
-    """A field that a newer transformers adds belongs to one of the groups. Read what HF's Trainer does with it first."""
+    """A field that a newer transformers adds must be sorted in: read what HF's Trainer does with it first."""
     listed = [*WORKS, *WORKS_ALONE, *ALWAYS, *NOT_HERE]
     assert len(listed) == len(set(listed))
     assert set(listed) == set(FIELDS), set(listed) ^ set(FIELDS)

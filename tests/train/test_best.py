@@ -113,7 +113,7 @@ def test_a_threshold_is_the_smallest_improvement_that_counts(
 
 
 def smooth_by_hand(logits: torch.Tensor, labels: torch.Tensor, epsilon: float) -> torch.Tensor:
-    """Summed over the supervised tokens: (1 - e) times -log p of the next token, and e times its mean over all tokens."""
+    """Summed over supervised tokens: (1 - e) times -log p of the next token, and e times its mean over all."""
     nll = -logits[:, :-1].float().log_softmax(-1)[labels[:, 1:] != -100]
     targets = labels[:, 1:][labels[:, 1:] != -100]
     return ((1 - epsilon) * nll.gather(1, targets[:, None])[:, 0] + epsilon * nll.mean(-1)).sum()

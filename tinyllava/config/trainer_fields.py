@@ -1,6 +1,7 @@
-"""Check the keys and values of `trainer:`, which become TrainingArguments, by the rules in trainer.yaml: read it first."""
+"""Check the keys and values of `trainer:`, which become TrainingArguments. The rules are in trainer.yaml."""
 
 import math
+import re
 from dataclasses import MISSING, Field, fields
 from enum import Enum
 from pathlib import Path
@@ -48,7 +49,7 @@ def _convert_value(where: str, hint: Any, value: Any) -> Any:
     try:
         return TypeAdapter(hint, config={"arbitrary_types_allowed": True}).validate_python(value)
     except ValidationError:
-        kind = hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
+        kind = hint.__name__ if isinstance(hint, type) else re.sub(r"transformers[\w.]* \| |typing\.", "", str(hint))
         raise UserError(f"{where}: expected {kind}, found {value!r}.") from None
 
 
@@ -67,9 +68,11 @@ def check_value(where: str, field: Field, value: Any, hint: Any) -> None:
         RULES["choices"].get(key) or field.metadata.get("choices") or [each.value for kind in enums for each in kind]
     )
     choices = [str(choice) for choice in listed]
-    for word in str(getattr(value, "value", value)).split() if choices else ():  # `fsdp: full_shard offload`
+    words = " ".join(str(getattr(each, "value", each)) for each in (value if isinstance(value, list) else [value]))
+    for word in words.split() if choices else ():  # `fsdp: full_shard offload`
         if word not in choices:
-            close = suggest_nearest(word, choices)
+            begun = (choice for choice in choices if choice.startswith(word.lower()))
+            close = suggest_nearest(next(begun, word.lower()), choices)
             known = f" Known: {', '.join(choices)}." if close == "." else ""
             raise UserError(f"{where}.{key}: unknown value '{word}'{close}{known}")
     if isinstance(value, int | float) and not isinstance(value, bool):

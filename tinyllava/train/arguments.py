@@ -20,6 +20,7 @@ from tinyllava.errors import UserError
 from tinyllava.factory import suggest_nearest
 from tinyllava.train.plan import Plan
 
+SCHEDULED = ("optimizer", "num_warmup_steps", "num_training_steps", "last_epoch")  # what the Trainer gives a scheduler
 LARGEST_MICRO_BATCH = 16  # by default; trainer.per_device_train_batch_size can be larger
 
 
@@ -35,9 +36,9 @@ def make_arguments(recipe: Recipe, name: str, output: Path) -> TrainingArguments
     options["deepspeed"] = find_deepspeed_config(where, options)
     world = int(os.environ.get("WORLD_SIZE", 1))
     micro = options.setdefault("per_device_train_batch_size", choose_micro_batch(stage.global_batch_size, world))
-    is_stopped_early = stage.early_stopping is not None
-    keep_best = options.pop("load_best_model_at_end", is_stopped_early)
-    compares = keep_best or is_stopped_early or options.get("save_strategy") == "best"
+    may_stop, saving = stage.early_stopping is not None, options.get("save_strategy")
+    keep_best = options.pop("load_best_model_at_end", may_stop and saving != "no")
+    compares = keep_best or may_stop or saving == "best"
     defaults = {
         "eval_strategy": "no" if stage.validation is None else "steps",
         "per_device_eval_batch_size": micro,
@@ -104,10 +105,13 @@ def check_arguments(where: str, stage: Stage, args: TrainingArguments) -> None:
         "load_best_model_at_end cannot use `save_only_model` of shards": best and args.save_only_model and sharded,
         "fp16 requires a GPU: set `bf16: true`, or remove it": args.fp16 and is_cpu,
         "activation_checkpointing_kwargs: offload requires a GPU": is_cpu and checkpointing.get("offload"),
+        "activation_checkpointing_kwargs: every_n_layers is 1 or more": checkpointing.get("every_n_layers")
+        in (0, False),
         "fsdp_config has no effect without `fsdp: true`": args.fsdp_config and not args.fsdp,
     }
     for fault in (fault for fault, applies in faults.items() if applies):
         raise UserError(f"{where}: {fault}.")
+    args.report_to = [name for name in args.report_to if name]  # `report_to: null`
     available = get_available_reporting_integrations()
     for name in (name for name in args.report_to if name not in available):
         close = "." if name in INTEGRATION_TO_CALLBACK else suggest_nearest(name, list(INTEGRATION_TO_CALLBACK))
@@ -129,10 +133,10 @@ def check_optimizer(where: str, args: TrainingArguments) -> None:
         ignored = find_ignored_options(args, options)
         key = "lr_scheduler_kwargs"
         parameters = inspect.signature(TYPE_TO_SCHEDULER_FUNCTION[args.lr_scheduler_type]).parameters
-        own = [name for name in parameters if name not in ("optimizer", "num_warmup_steps", "num_training_steps")]
+        own = [name for name in parameters if name not in SCHEDULED]
         check_keys(f"{where}.{key}", args.lr_scheduler_kwargs, args.lr_scheduler_kwargs if "kwargs" in own else own)
         get_scheduler(scheduler, optimizer, 0, 10**9, args.lr_scheduler_kwargs)
-    except (ImportError, AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+    except (ImportError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise UserError(f"{where}.{key}: {scheduler if key != 'optim' else name}: {_shorten(error)}.") from None
     if ignored:
         raise UserError(f"{where}.{ignored} has no effect with {name} and {scheduler}. Remove it, or choose another.")
@@ -154,7 +158,7 @@ def find_ignored_options(args: TrainingArguments, used: Mapping[str, Any]) -> st
     for key, option in {"adam_beta1": "betas", "adam_beta2": "betas", "adam_epsilon": "eps"}.items():
         if option not in used and getattr(args, key) != getattr(TrainingArguments, key):
             ignored.append(key)
-    pairs = [pair for pair in (args.optim_args or "").split(",") if pair]
+    pairs = args.optim_args.split(",") if args.optim_args else []
     without = copy.copy(args)
     for pair in pairs:
         without.optim_args = ",".join(other for other in pairs if other is not pair)
