@@ -228,7 +228,7 @@ def test_a_field_that_works_arrives_unchanged() -> None:
         ({"save_strategy": "best", "validation": False}, ["save_strategy: best", "no `validation`"]),
         ({"lr_scheduler_type": "reduce_lr_on_plateau", "validation": False}, ["plateau", "no `validation`"]),
         ({"eval_on_start": True, "validation": False}, ["eval_on_start", "no `validation`"]),
-        ({"eval_steps": 3, "validation": False}, ["eval_steps", "no `validation`"]),
+        ({"eval_strategy": "epoch", "validation": False}, ["eval_strategy: epoch", "no `validation`"]),
     ],
     ids=str,
 )

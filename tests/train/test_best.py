@@ -92,10 +92,13 @@ def test_a_resumed_run_remembers_the_best_and_its_patience(
 ) -> None:
     validate |= {2: 1.0, 3: 2.0, 4: 1.5, 5: 1.2, 6: 0.5}
     options = {"early_stopping": {"patience": 3}, "max_steps": 8, "save_steps": 4, "save_total_limit": 1}
+    options["eval_on_start"] = True  # only of the first start
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         interrupt_at(4, patch)
         run(pictures, tmp_path, FULL, **options)
     directory = run(pictures, tmp_path, FULL, **options)
+    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "eval_loss" in line] == [0, 1, 2, 3, 4, 5]
     assert max(read_losses(tmp_path)) == 5  # two failures before the interruption, the third at step 5
     assert_same_weights(directory / "final", directory / "checkpoint-2")
 

@@ -201,7 +201,8 @@ class Stage(StrictModel):
     global_batch_size: int = Field(128, gt=0)
     on_bad_sample: Literal["error", "skip"] = "error"
     max_length: int | None = Field(None, gt=0)
-    early_stopping: EarlyStopping | None = None
+    # Left out if unset: runs that were recorded before this field existed keep their hash.
+    early_stopping: EarlyStopping | None = Field(None, exclude_if=lambda value: value is None)
     trainer: dict[str, Any] = {}
 
     @field_validator("trainer")

@@ -69,7 +69,7 @@ def check_validation(where: str, stage: Stage, options: Mapping[str, Any]) -> No
     pairs = RULES["validated_values"].items()
     requiring += [f"{key}: {options[key]}" for key, values in pairs if options.get(key) in values]
     requiring += [key for key in RULES["validated"] if options.get(key)]
-    if requiring and (stage.validation is None or requiring[0] not in ("eval_steps", "eval_delay")):
+    if requiring:
         missing = "sets `eval_strategy: no`" if never else "has no `validation`"
         raise UserError(f"{where}: {requiring[0]} requires a validation loss, but the stage {missing}. Change either.")
 
