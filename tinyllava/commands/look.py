@@ -27,13 +27,14 @@ from tinyllava.data.template import image_token_id
 from tinyllava.data.tiles import count_image_tokens
 from tinyllava.engines import list_lines
 from tinyllava.train.plan import Plan
-from tinyllava.train.stage import StageSetup, prepare_stage
+from tinyllava.train.stage import StageSetup, check_stages, prepare_stage
 
 SAMPLES = 4  # shown of the first micro-batch
 
 
 def look_at_recipe(recipe: Recipe, console: Console) -> None:
     """Show what training `recipe` would do. Raises UserError for everything that would stop its start."""
+    check_stages(recipe, recipe.stages, trains=False)
     for name in recipe.stages:
         setup = prepare_stage(recipe, name, empty=True)
         console.print("", Rule(Text(f"stage {name}", style="bold"), align="left"))

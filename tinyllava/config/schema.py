@@ -187,6 +187,13 @@ class Tune(StrictModel):
     llm: TuneSpec = TuneSpec(tuning="frozen")
 
 
+class EarlyStopping(StrictModel):
+    """End a stage after `patience` validations in a row whose loss is not lower than the best by over `threshold`."""
+
+    patience: int = Field(gt=0)
+    threshold: float = Field(0.0, ge=0, allow_inf_nan=False)
+
+
 class Stage(StrictModel):
     """One training stage: its data, the tuning of each part, and the fields of TrainingArguments (`trainer`)."""
 
@@ -198,6 +205,7 @@ class Stage(StrictModel):
     on_bad_sample: Literal["error", "skip"] = "error"
     max_length: int | None = Field(None, gt=0)
     supervised_turns: Literal["all", "last"] = "all"
+    early_stopping: EarlyStopping | None = None
     trainer: dict[str, Any] = {}
 
     @field_validator("trainer")

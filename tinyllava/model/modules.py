@@ -1,8 +1,10 @@
-"""Find the repeated layers of a part by name."""
+"""Find the repeated layers of a part by name, and ask whether weights are sharded."""
 
 from itertools import zip_longest
 
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from tinyllava.vision_towers import CompositeTower
 
@@ -25,3 +27,10 @@ def find_blocks(module: nn.Module) -> list[str]:
         return []
     name, blocks = max(lists, key=lambda item: len(item[1]))
     return [f"{name}.{index}" for index in range(len(blocks))]
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether ZeRO-3 or FSDP2 shards the weights. Every rank must then call the same modules in the same order."""
+    if not dist.is_initialized():  # checked first, because generation asks at every token
+        return False
+    return any(hasattr(parameter, "ds_id") or isinstance(parameter, DTensor) for parameter in module.parameters())

@@ -37,12 +37,18 @@ class RunLog(TrainerCallback):
         before = read_metrics(self.path) if state.global_step else []
         self.lines = [line for line in before if line["step"] <= state.global_step and "train_runtime" not in line]
         atomic.write_text(self.path, "".join(json.dumps(line) + "\n" for line in self.lines))
+        args.eval_on_start = args.eval_on_start and not state.global_step  # a resumed run has done it
         self.offset = (self.lines[-1]["time"] if self.lines else 0.0) - time.perf_counter()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
-        """Log at every save: a resumed run starts at a save, and a logged loss is the mean since the last log."""
-        if control.should_save:
+        """Log at every save: a resumed run starts at a save, and a logged loss is the mean since the last log.
+
+        A validation may save the best weights.
+        """
+        if control.should_save or control.should_evaluate:
             control.should_log = True
+
+    on_epoch_end = on_step_end
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
         """Append one line."""

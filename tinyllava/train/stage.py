@@ -14,13 +14,13 @@ A stage that quantises weights saves the unquantised ones in start/, unless it s
 
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from transformers import TrainerCallback, TrainingArguments
+from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments
 
 from tinyllava.checkpoint import is_whole
 from tinyllava.config import Recipe, Stage
@@ -42,7 +42,7 @@ from tinyllava.train.record import RunRecord
 from tinyllava.train.sharding import check_sharding
 from tinyllava.train.start import WeightFiles, keep_unquantised, start_stage
 from tinyllava.train.trainer import Trainer
-from tinyllava.train.tune import TunedPart, apply_tuning, select_tuning
+from tinyllava.train.tune import TunedPart, apply_tuning, describe_parts, select_tuning
 
 logger = logging.getLogger("tinyllava")
 # Models with fewer parameters train with one CPU thread, and the other core reads data. A second thread saved 7 % of
@@ -75,6 +75,7 @@ def run(recipe: Recipe, name: str, output: Path, overwrite: bool = False, follow
     if overwrite:
         start_over(recipe, output)
     record = RunRecord(output, recipe, name)
+    check_stages(recipe, [stage for stage in recipe.stages if not is_whole(output / stage / FINAL)])
     previous: Path | None = None
     for stage, settings in recipe.stages.items():
         final = output / stage / FINAL
@@ -88,6 +89,17 @@ def run(recipe: Recipe, name: str, output: Path, overwrite: bool = False, follow
     if is_main_process():
         record.write()
     return final
+
+
+def check_stages(recipe: Recipe, names: Iterable[str], trains: bool = True) -> None:
+    """Make the arguments of these stages, so that a wrong value of a late one stops the run before the first trains.
+
+    trains: whether they will train in this process. Raises UserError for a value that cannot be used.
+    """
+    for name in names:
+        args = make_arguments(recipe, name, Path("runs"))
+        if trains and args.fsdp and args.world_size == 1:
+            raise UserError(f"stages.{name}.trainer.fsdp requires several processes. Start the command with torchrun.")
 
 
 def start_over(recipe: Recipe, output: Path) -> None:
@@ -147,11 +159,12 @@ def prepare_stage(
     parts = apply_tuning(vlm.model, stage.tune, recipe.seed, selections)
     logger.info("stage %s: %s", name, ", ".join(f"{part.title} {part.tuning}" for part in parts))
 
-    args = make_arguments(stage, output, recipe.seed)
+    args = make_arguments(recipe, name, output)
     if args.save_only_model:
         logger.info("stage %s: it cannot be resumed, because `save_only_model: true` saves no optimiser state", name)
     check_sharding(selections, args)
-    set_precision(vlm.model, args)
+    set_precision(vlm.model, args, is_half_chosen=recipe.model.dtype in ("bfloat16", "float16"))
+    parts = describe_parts(vlm.model, stage.tune)
 
     logger.info("stage %s: reading %s", name, ", ".join(spec.path for spec in stage.data))
     dataset, validation = read_data(recipe, stage, vlm)
@@ -194,6 +207,8 @@ def make_trainer(
     """The Trainer of a stage. `order` fixes the order of samples (see plan.py)."""
     if setup.args.use_cpu and "OMP_NUM_THREADS" not in os.environ and setup.vlm.model.num_parameters() < ONE_THREAD:
         torch.set_num_threads(1)
+    early = setup.stage.early_stopping
+    stopping = [EarlyStoppingCallback(early.patience, early.threshold)] if early else []
     return Trainer(
         vlm=setup.vlm,
         args=setup.args,
@@ -201,6 +216,6 @@ def make_trainer(
         dataset=setup.dataset,
         validation=setup.validation,
         writer=CheckpointWriter(setup.vlm, name, record, setup.start_files),
-        callbacks=[RunLog(output)],
+        callbacks=[RunLog(output), *stopping],
         order=order,
     )

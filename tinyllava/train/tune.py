@@ -92,6 +92,11 @@ def apply_tuning(
         logger.warning(
             "%d new tokens of the LLM are not trained in this stage. With tune.llm %s, they are.", len(new), remedy
         )
+    return describe_parts(model, tune)
+
+
+def describe_parts(model: TinyLlavaForConditionalGeneration, tune: Tune) -> list[TunedPart]:
+    """A row for each part of a tuned model."""
     return [_describe_part(model, part, tune) for part in PARTS]
 
 
