@@ -252,8 +252,8 @@ def test_a_resumed_run_takes_the_same_steps_and_none_beyond_its_end(
     if not streaming:  # seen above
         return
     for path in (final, tmp_path / "finetune" / "checkpoint-7"):
-        shutil.rmtree(path)  # killed after step 4, and resumed with other micro-batches
-    content.stages["finetune"].trainer["per_device_train_batch_size"] = 1
+        shutil.rmtree(path)  # killed after step 4, and resumed with other micro-batches, in a worker process
+    content.stages["finetune"].trainer |= {"per_device_train_batch_size": 1, "dataloader_num_workers": 1}
     stage.run(content, "tiny", tmp_path)
     assert read_losses(tmp_path) == pytest.approx(losses, rel=1e-5)
 
