@@ -72,6 +72,12 @@ def set_data(**options: Any) -> Change:
     return lambda content: content["stages"]["finetune"]["data"][0].update(options)
 
 
+def drop_validation(content: dict[str, Any]) -> None:
+    """Remove the held-out share, and when it is used."""
+    content["stages"]["finetune"]["validation"] = None
+    del content["stages"]["finetune"]["trainer"]["eval_steps"]
+
+
 def truncate(path: Path, share: float = 0.5) -> None:
     path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
 
@@ -232,8 +238,8 @@ def test_a_resumed_run_takes_the_same_steps_and_none_beyond_its_end(
     streaming: bool, pictures: Path, tmp_path: Path
 ) -> None:
     """24 records of a stream are three steps of 8, so step 4 of 7 is in its second pass."""
-    stop = set_trainer(max_steps=7, save_steps=4, eval_strategy="no", per_device_train_batch_size=4)
-    content = change(pictures, stop, set_data(streaming=streaming), set_stage(validation=None))
+    stop = set_trainer(max_steps=7, save_steps=4, per_device_train_batch_size=4)
+    content = change(pictures, stop, set_data(streaming=streaming), drop_validation)
     final = stage.run(content, "tiny", tmp_path)
     losses, weights = read_losses(tmp_path), load_weights(final)
     assert sorted(losses) == list(range(1, 8))
@@ -246,8 +252,8 @@ def test_a_resumed_run_takes_the_same_steps_and_none_beyond_its_end(
     if not streaming:  # seen above
         return
     for path in (final, tmp_path / "finetune" / "checkpoint-7"):
-        shutil.rmtree(path)  # killed after step 4, and resumed with other micro-batches
-    content.stages["finetune"].trainer["per_device_train_batch_size"] = 1
+        shutil.rmtree(path)  # killed after step 4, and resumed with other micro-batches, in a worker process
+    content.stages["finetune"].trainer |= {"per_device_train_batch_size": 1, "dataloader_num_workers": 1}
     stage.run(content, "tiny", tmp_path)
     assert read_losses(tmp_path) == pytest.approx(losses, rel=1e-5)
 
@@ -323,7 +329,7 @@ def test_a_table_that_changed_in_its_middle_is_noticed(pictures: Path, tmp_path:
         (tmp_path / folder).mkdir()
         datasets.Dataset.from_list(rows).to_parquet(tmp_path / folder / "x.parquet")
         for streaming in (False, True):
-            edits = set_data(path=str(tmp_path / folder / "x.parquet"), streaming=streaming), set_stage(validation=None)
+            edits = set_data(path=str(tmp_path / folder / "x.parquet"), streaming=streaming), drop_validation
             content = change(pictures, *edits, set_trainer(max_steps=5))
             facts.append({"step": 4, "data": stage.prepare_stage(content, "finetune", empty=True).dataset.sources})
     mapped, streamed = facts[::2], facts[1::2]

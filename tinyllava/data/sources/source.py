@@ -46,8 +46,9 @@ class Source:
         """
         if self.streaming:
             records = self.records if seed is None else self.records.shuffle(seed, buffer_size=SHUFFLED)
-            for row, record in enumerate(records):
-                yield add_id(record, row)
+            # `datasets` shuffles with another seed in a worker process, except in `iter`: workers must change nothing.
+            for row, batch in enumerate(records.iter(batch_size=1)):
+                yield add_id({name: column[0] for name, column in batch.items()}, row)
             return
         for start in range(0, len(self), TABLE_ROWS):
             yield from to_raw_records(self.records[start : start + TABLE_ROWS], start)
