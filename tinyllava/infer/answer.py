@@ -30,13 +30,12 @@ class AnswerReader(NamedTuple):
         """The reader for the answers of a model."""
         tokenizer, eos = vlm.tokenizer, vlm.model.generation_config.eos_token_id
         ids = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
-        chat_format = vlm.template.bind(tokenizer).chat_format
-        text, _ = chat_format.render(PROBE, tokenizer)
+        text, _ = vlm.template.render(vlm.template.adapt(PROBE), tokenizer)
         named = {getattr(tokenizer, name) for name in tokenizer.SPECIAL_TOKENS_ATTRIBUTES}
         # Other special tokens are content: `<|box_start|>` of Qwen2-VL, `<loc0001>` of PaliGemma.
         added = tokenizer.added_tokens_decoder.items()
         control = {id_ for id_, one in added if one.special and (one.content in named or one.content in text)}
-        end = chat_format.end_of_turn
+        end = vlm.template.get_end_of_turn(tokenizer)
         if end in tokenizer.get_added_vocab():
             ids, end = {*ids, tokenizer.convert_tokens_to_ids(end)}, ""
         return cls(tokenizer, frozenset(ids), end, control_ids=frozenset(control))

@@ -255,9 +255,7 @@ class Session:
         keys = [tuple(make_image_key(image) for image in sample.images) for sample in samples]
         return make_pools(keys, self.images.capacity)
 
-    def _make_batches(
-        self, prompts: dict[Any, Prompt], limits: dict[Any, int], size: int | None
-    ) -> Iterator[list[Any]]:
+    def _make_batches(self, prompts: dict[Any, Prompt], limits: dict[Any, int], size: int | None) -> Iterator[list]:
         check_options(batch_size=size)
         position_bytes = self.engine.position_bytes
         positions = CACHE_BYTES // position_bytes if position_bytes else POSITIONS
