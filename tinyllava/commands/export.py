@@ -13,6 +13,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HFValidationError, HTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
 from tinyllava import atomic, checkpoint
+from tinyllava.checkpoint import legacy_hf
 from tinyllava.checkpoint.adapter import has_adapter, merge_adapter
 from tinyllava.commands.card import find_scores, make_model_card
 from tinyllava.commands.split import write_split
@@ -56,6 +57,11 @@ def export_checkpoint(
     if output_dir.exists():
         raise UserError(f"{output_dir} exists already. Choose another --output, or delete it.")
     source = find_checkpoint(path)
+    for name in legacy_hf.QUANTISATION:
+        if name in lacking:
+            raise UserError(
+                f"{name}: quantised weights cannot be exported. Export without it, and quantise on loading."
+            )
     vlm = checkpoint.load(source, DTYPES[dtype], **lacking)
     run = {**vlm.record.get("run", {}), "exported_from": source.name}
     if has_adapter(vlm.model) or to == "merged":
