@@ -57,10 +57,10 @@ def export_checkpoint(
     if output_dir.exists():
         raise UserError(f"{output_dir} exists already. Choose another --output, or delete it.")
     source = find_checkpoint(path)
-    for name in legacy_hf.QUANTISATION:
-        if name in lacking:
+    for key in legacy_hf.QUANTISATION:
+        if key in lacking:
             raise UserError(
-                f"{name}: quantised weights cannot be exported. Export without it, and quantise on loading."
+                f"{key}: quantised weights cannot be exported. Export without it, and quantise on loading."
             )
     vlm = checkpoint.load(source, DTYPES[dtype], **lacking)
     run = {**vlm.record.get("run", {}), "exported_from": source.name}
