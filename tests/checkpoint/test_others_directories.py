@@ -247,6 +247,8 @@ def test_every_command_says_it(copy: Path, tinyllava: Callable[..., CommandResul
     assert_refused(tinyllava("chat", copy, "--prompt", "What?"), "Git LFS pointer")
     assert_refused(tinyllava("export", copy, "--to", "hf", "--output", copy / "x"), "Git LFS pointer")
     assert_refused(tinyllava("eval", copy, "--tasks", "stamps"), "Git LFS pointer")
+    quantised = ("--to", "split", "--output", copy / "x", "--lacking", "load_in_4bit=true")
+    assert_refused(tinyllava("export", copy, *quantised), "quantised weights cannot be exported")
     content = {**recipe(pictures), "model": {"checkpoint": str(copy), "lacking": {"template": "llama"}}}
     assert_refused(tinyllava("look", write_recipe(copy, content)), "Git LFS pointer")
 
