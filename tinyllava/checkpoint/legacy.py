@@ -41,7 +41,8 @@ from tinyllava.checkpoint.legacy_weights import (
     rename_weights,
     resample_positions,
 )
-from tinyllava.data.template import ORIGINALS, Template, add_image_token
+from tinyllava.data.legacy_template import ORIGINALS
+from tinyllava.data.template import Template, add_image_token
 from tinyllava.errors import UserError
 from tinyllava.factory import Factory
 from tinyllava.files import read_json

@@ -11,7 +11,7 @@ from peft.utils import ModulesToSaveWrapper
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
-from transformers import AutoConfig, LlavaConfig, LlavaProcessor
+from transformers import AutoConfig, LlavaConfig
 
 from tinyllava.checkpoint import legacy, legacy_hf, legacy_peft, legacy_weights
 from tinyllava.checkpoint.adapter import ADAPTER, PEFT_PREFIX, check_base, has_adapter, map_adapter_names
@@ -19,7 +19,7 @@ from tinyllava.checkpoint.layout import get_published_name
 from tinyllava.checkpoint.record import read_record
 from tinyllava.checkpoint.weight_files import INDEX, find_base_files, list_names
 from tinyllava.config import NATIVE_TEMPLATE
-from tinyllava.data.template import ServedTemplate, Template
+from tinyllava.data.template import Template
 from tinyllava.errors import UserError
 from tinyllava.files import FAULTS, check_model_files, shorten_error
 from tinyllava.model.build import check_feature_layers
@@ -72,7 +72,7 @@ def _load_vlm(
     config = _read_config(directory)
     plain_processor = legacy_hf.read_processor(directory)
     if config.model_type == "llava":
-        config = _complete_plain_config(config, plain_processor, record)
+        config = legacy_hf.complete_config(config, plain_processor.image_processor, record)
     check_feature_layers(config)
     legacy_hf.check_image_token(directory, config, plain_processor)
     legacy_peft.check_adapter(directory)
@@ -195,21 +195,10 @@ def restore(model: TinyLlavaForConditionalGeneration, directory: Path) -> None:
                 parameter.copy_(stored[key])
 
 
-def _complete_plain_config(
-    config: LlavaConfig, processor: LlavaProcessor, record: Mapping[str, Any]
-) -> TinyLlavaConfig:
-    """Our config of a plain llava checkpoint: from its record, or from what Llava's config implies."""
-    fields = config.to_dict()
-    fields.pop("model_type", None)
-    if "model" in record:
-        return TinyLlavaConfig(**{**fields, **record["model"]})
-    return TinyLlavaConfig(**{**fields, **legacy_hf.imply_fields(config, processor.image_processor)})
-
-
 def _read_template(record: Mapping[str, Any]) -> Template:
     stored = record.get("template")
     if stored is None:
-        return ServedTemplate(NATIVE_TEMPLATE, None)
+        return legacy_hf.ServedTemplate(NATIVE_TEMPLATE, None)
     if stored["compat"]:
         return Template.load(stored["name"], compat=True)
     return Template(stored["name"], stored["source"])  # its text is stored: the user's own file may no longer exist

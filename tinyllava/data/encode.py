@@ -25,6 +25,7 @@ from tinyllava.data.tiles import Grid, count_image_tokens
 
 # The files whose code decides the row of a record: a change in any of them makes the cache out of date.
 CODE = ("sample", "template", "fit", "rendering", "labels", "special_tokens", "encode", "references", "images", "tiles")
+CODE += ("legacy_template",)
 FEATURES = Features(
     {
         "id": Value("string"),
