@@ -16,10 +16,11 @@ from peft import PeftConfig
 from tinyllava.checkpoint.adapter import has_adapter
 from tinyllava.checkpoint.legacy_weights import read_tensors
 from tinyllava.checkpoint.weight_files import list_names
+from tinyllava.console import silence_transformers
 from tinyllava.errors import UserError
 from tinyllava.files import FAULTS, read_json, shorten_error
 from tinyllava.model.modeling import TinyLlavaForConditionalGeneration
-from tinyllava.model.parts import is_hub_reachable, silence_transformers
+from tinyllava.model.parts import is_hub_reachable
 
 SETTINGS = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")

@@ -19,6 +19,7 @@ from tinyllava.checkpoint.layout import get_published_name
 from tinyllava.checkpoint.record import read_record
 from tinyllava.checkpoint.weight_files import INDEX, find_base_files, list_names
 from tinyllava.config import NATIVE_TEMPLATE
+from tinyllava.console import silence_transformers
 from tinyllava.data.template import Template
 from tinyllava.errors import UserError
 from tinyllava.files import FAULTS, check_model_files, shorten_error
@@ -26,7 +27,7 @@ from tinyllava.model.build import check_feature_layers
 from tinyllava.model.configuration import TinyLlavaConfig
 from tinyllava.model.image_processor import load_trusted_class
 from tinyllava.model.modeling import TinyLlavaForConditionalGeneration
-from tinyllava.model.parts import check_unquantised, silence_transformers
+from tinyllava.model.parts import check_unquantised
 from tinyllava.model.processor import build_processor
 from tinyllava.model.quantise import is_quantised, quantise_llm
 from tinyllava.model.vlm import VLM

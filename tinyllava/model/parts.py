@@ -3,8 +3,7 @@
 import logging
 import os
 import socket
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,9 @@ from urllib.parse import urlsplit
 import torch
 from huggingface_hub.constants import ENDPOINT, HF_HUB_OFFLINE
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
-from transformers.utils import logging as transformers_logging
 
 from tinyllava.config import PART_TITLES, LLMSpec, ModelSpec, TokenizerSpec, VisionTowerSpec
+from tinyllava.console import silence_transformers
 from tinyllava.errors import UserError
 from tinyllava.factory import Factory, suggest_nearest
 from tinyllava.files import FAULTS, check_model_files, shorten_error
@@ -117,17 +116,6 @@ def load_part(
         model = load(spec.name, config)
     model.config.architectures = [type(model).__name__]
     return model
-
-
-@contextmanager
-def silence_transformers() -> Iterator[None]:
-    """Hide transformers' table of missing and unexpected weights: our own message names them in one line."""
-    before = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(before)
 
 
 def load_tokenizer(spec: LLMSpec) -> PreTrainedTokenizerFast:
