@@ -112,7 +112,7 @@ def check_options(**options: Any) -> dict[str, Any]:
         if name in refused:
             remedy = INSTEAD.get(name, "session.model.generate takes it")
             raise UserError(f"{given} is not an option of a session: {remedy}.") from None
-        raise UserError(f"generate has no option '{name}'{suggest_nearest(name, list(fields))}") from None
+        raise UserError(f"generate has no option '{name}'{suggest_nearest(name, fields)}") from None
     return {name: value for name in checked.model_fields_set if (value := getattr(checked, name)) is not None}
 
 

@@ -12,7 +12,7 @@ from transformers import BitsAndBytesConfig, LlavaConfig, LlavaProcessor
 from tinyllava.checkpoint.legacy import KEYWORDS
 from tinyllava.data.template import BoundTemplate, Template
 from tinyllava.errors import UserError
-from tinyllava.factory import TRUST, suggest_nearest
+from tinyllava.factory import TRUST, suggest_known
 from tinyllava.files import FAULTS, shorten_error
 from tinyllava.model.configuration import TinyLlavaConfig
 from tinyllava.vision_towers import find_family
@@ -55,7 +55,7 @@ def check_keywords(names: Iterable[str]) -> None:
         if name in INSTEAD:
             raise UserError(f"{name} is no keyword of `load`: {INSTEAD[name]}.")
         if name not in KNOWN:
-            raise UserError(f"unknown keyword '{name}'{suggest_nearest(name, KNOWN)} Known: {', '.join(KNOWN)}.")
+            raise UserError(f"unknown keyword '{name}'{suggest_known(name, KNOWN)}")
 
 
 def read_quantisation(keywords: dict[str, Any]) -> BitsAndBytesConfig | None:

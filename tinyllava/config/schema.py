@@ -103,10 +103,6 @@ class MissingValues(StrictModel):
     vision_config: dict[str, Any] | None = None
     tokenizer: str | None = None
 
-    def to_keywords(self) -> dict[str, Any]:
-        """Keywords of `checkpoint.load`."""
-        return self.model_dump(exclude_none=True)
-
 
 class ModelSpec(StrictModel):
     """The three parts and the template; or a `checkpoint` to start from, which contains all four."""

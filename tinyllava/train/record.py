@@ -17,6 +17,7 @@ from transformers import TrainingArguments
 from tinyllava import atomic
 from tinyllava.config import Recipe
 from tinyllava.config.read import parse_recipe
+from tinyllava.console import is_main_process
 from tinyllava.identity import check_same_run
 from tinyllava.provenance import get_git_state, get_versions
 from tinyllava.runs import RECIPE, RUN, read_begun_stages, read_start
@@ -72,9 +73,10 @@ class RunRecord:
         self.write()
 
     def write(self) -> None:
-        """Write the file, and the recipe beside it."""
-        atomic.write_text(self.directory / RECIPE, self.recipe_yaml)
-        atomic.write_text(self.directory / RUN, json.dumps(self.content, indent=2) + "\n")
+        """Write the file, and the recipe beside it, in the main process."""
+        if is_main_process():
+            atomic.write_text(self.directory / RECIPE, self.recipe_yaml)
+            atomic.write_text(self.directory / RUN, json.dumps(self.content, indent=2) + "\n")
 
     def describe_stage(self, name: str, step: int) -> dict[str, Any]:
         """The part of the record that a checkpoint of this stage contains."""
