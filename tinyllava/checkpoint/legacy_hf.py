@@ -41,11 +41,11 @@ class ServedTemplate(Template):
     Those of llava-hf are not exact: the prompt ends before the space with which the answer begins.
     """
 
-    def bind(self, tokenizer: Any) -> BoundTemplate:
-        return self.bind_untried(tokenizer)
+    def bind(self, tokenizer: Any, tested: bool = False) -> BoundTemplate:
+        return super().bind(tokenizer, tested)
 
     def bind_to_train(self, tokenizer: Any) -> BoundTemplate:
-        Template.bind(self, tokenizer)  # raises UserError if labels would not be exact
+        self.bind(tokenizer, tested=True)  # raises UserError if labels would not be exact
         return self.bind(tokenizer)
 
 

@@ -78,6 +78,6 @@ class CompatSteps:
             at += len(piece)
         return ids, offsets
 
-    def bind(self, tokenizer: Any) -> Any:
+    def bind(self, tokenizer: Any, tested: bool = False) -> Any:
         """Bind it as it is: its labels are the original's, exact or not."""
-        return self.bind_untried(tokenizer)
+        return super().bind(tokenizer, tested)

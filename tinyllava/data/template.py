@@ -115,30 +115,27 @@ class Template:
 
     # -- with a tokenizer ----------------------------------------------------------------------------------------------
 
-    def bind(self, tokenizer: Any) -> BoundTemplate:
-        """Fit this template to a tokenizer. Raises UserError if labels would not be exact."""
+    def bind(self, tokenizer: Any, tested: bool = True) -> BoundTemplate:
+        """Fit this template to a tokenizer, if `tested`; else use it as it is.
+
+        Raises UserError if it is tested and labels would not be exact.
+        """
         require_fast(tokenizer)
         source = self.source or read_native_source(tokenizer)
-        key = (tokenizer, source)  # a tokenizer's own template may change
+        key = (tokenizer, source, tested)  # a tokenizer's own template may change
         if key not in self.bound:
-            chat_format = find_format(self.name, use_known_end(self.name, source, tokenizer), tokenizer)
-            probe = write_probe(self.name, chat_format, tokenizer)
-            ids, *prompt_ids = [self.tokenize(text, tokenizer)[0] for text in (probe.text, *probe.prompts)]
-            compare_ids(self.name, probe, ids, prompt_ids)
+            known = use_known_end(self.name, source, tokenizer) if tested else source
+            chat_format = find_format(self.name, known, tokenizer)
+            if tested:
+                probe = write_probe(self.name, chat_format, tokenizer)
+                ids, *prompt_ids = [self.tokenize(text, tokenizer)[0] for text in (probe.text, *probe.prompts)]
+                compare_ids(self.name, probe, ids, prompt_ids)
             self.bound[key] = BoundTemplate(self, tokenizer, chat_format)
         return self.bound[key]
 
     def bind_to_train(self, tokenizer: Any) -> BoundTemplate:
         """`bind` for training, which requires exact labels."""
         return self.bind(tokenizer)
-
-    def bind_untried(self, tokenizer: Any) -> BoundTemplate:
-        """Bind this template as it is, without testing whether labels are exact with the tokenizer."""
-        source = self.source or read_native_source(tokenizer)
-        key = (tokenizer, source, "untried")
-        if key not in self.bound:
-            self.bound[key] = BoundTemplate(self, tokenizer, find_format(self.name, source, tokenizer))
-        return self.bound[key]
 
     def encode(self, sample: Sample, tokenizer: Any) -> dict[str, list[int]]:
         """`bind_to_train(tokenizer).encode(sample)`: ids and labels of a conversation."""
