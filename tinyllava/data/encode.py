@@ -136,8 +136,9 @@ class Encoder:
         if best is None:
             each = " + ".join(map(str, count_image_tokens(self.tokens_per_image, grids))) or "0"
             counts = each if self.tiles else f"{len(grids)} x {self.tokens_per_image}"
-            text = f"{length} positions ({counts} for images)"
-            text += f"; its first round alone is over max_length {self.max_length}"
+            text = (
+                f"{length} positions ({counts} for images); its first round alone is over max_length {self.max_length}"
+            )
             raise SampleError("too_long", text, sample.id)
         return best
 

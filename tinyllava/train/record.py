@@ -60,10 +60,8 @@ class RunRecord:
         """Record and log what changed since the last start. resumed: the record of the checkpoint to resume from."""
         if self.changes:
             logger.info("stage %s: changed since the last start: %s", stage, ", ".join(map(str, self.changes)))
-        earlier, place = (
-            resumed.get("changes", self.content["changes"]),
-            {"stage": stage, "step": resumed.get("step", 0)},
-        )
+        earlier, step = resumed.get("changes", self.content["changes"]), resumed.get("step", 0)
+        place = {"stage": stage, "step": step}
         self.content["changes"] = [*earlier, *(place | change.to_dict() for change in self.changes)]
         self.changes = []
 

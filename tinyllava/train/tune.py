@@ -51,8 +51,7 @@ def select_tuning(model: TinyLlavaForConditionalGeneration, tune: Tune) -> dict[
     selections = {}
     for part in PARTS:
         ((name, options),) = getattr(tune, part).tuning.items()
-        tuning = Factory("tuning").get(name)(**options)
-        selections[part] = tuning.select(get_tunable_part(model, part))
+        selections[part] = Factory("tuning").get(name)(**options).select(get_tunable_part(model, part))
     return selections
 
 
