@@ -96,7 +96,7 @@ def load_parts(spec: ModelSpec, tokenizer: PreTrainedTokenizerFast | None, seed:
     image_token_id = add_image_token(tokenizer)
     own_tokens = add_own_tokens(tokenizer, spec.add_tokens)
     if spec.llm.config is not None:  # an LLM from a config has the vocabulary of its tokenizer by default
-        llm_config = fit_vocabulary(llm_config, tokenizer, spec.llm.config)
+        fit_vocabulary(llm_config, tokenizer, spec.llm.config)
     set_seed(seed)
     with torch.device("meta") if empty else nullcontext():  # which has only shapes
         llm = load_part("llm", spec.llm, llm_config, AutoModelForCausalLM, spec.dtype, empty)

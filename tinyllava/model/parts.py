@@ -128,14 +128,11 @@ def load_tokenizer(spec: LLMSpec) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def fit_vocabulary(
-    config: PreTrainedConfig, tokenizer: PreTrainedTokenizerFast, stated: dict[str, Any]
-) -> PreTrainedConfig:
+def fit_vocabulary(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerFast, stated: dict[str, Any]) -> None:
     """Set a config's vocabulary size and special ids to those of the tokenizer, unless the recipe states them."""
     special_ids = ("bos_token_id", "eos_token_id", "pad_token_id")
     fields = {"vocab_size": len(tokenizer), **{name: getattr(tokenizer, name) for name in special_ids}}
     config.update({name: value for name, value in fields.items() if name not in stated})
-    return config
 
 
 def load_named(part: str, name: str, load: Callable, **kwargs: Any) -> Any:

@@ -23,7 +23,7 @@ from accelerate import PartialState
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments
 
 from tinyllava.checkpoint import is_whole
-from tinyllava.config import PART_TITLES, Recipe, Stage
+from tinyllava.config import Recipe, Stage
 from tinyllava.console import is_main_process
 from tinyllava.data.dataset import SupervisedDataset, build_dataset, hold_out
 from tinyllava.data.options import DataOptions
@@ -153,7 +153,7 @@ def prepare_stage(
     if not empty:
         files = keep_unquantised(vlm, selections, files, output / START)
     parts = apply_tuning(vlm.model, stage.tune, recipe.seed, selections)
-    logger.info("stage %s: %s", name, ", ".join(f"{PART_TITLES[part.part]} {part.tuning}" for part in parts))
+    logger.info("stage %s: %s", name, ", ".join(f"{part.title} {part.tuning}" for part in parts))
 
     args = make_arguments(recipe, name, output)
     if args.save_only_model:

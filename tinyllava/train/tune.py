@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import set_seed
 
 from tinyllava.checkpoint.layout import is_adapter
-from tinyllava.config import PARTS, Tune
+from tinyllava.config import PART_TITLES, PARTS, Tune
 from tinyllava.errors import UserError
 from tinyllava.factory import Factory, suggest_nearest
 from tinyllava.model.modeling import TinyLlavaForConditionalGeneration
@@ -44,6 +44,11 @@ class TunedPart:
     parameters: int
     trainable: int
     dtype: str
+
+    @property
+    def title(self) -> str:
+        """The part's name in messages: vision tower, connector, LLM."""
+        return PART_TITLES[self.part]
 
 
 def select_tuning(model: TinyLlavaForConditionalGeneration, tune: Tune) -> dict[str, Selection]:
