@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import operator
 from typing import Annotated, Any, Literal
 
 from omegaconf import OmegaConf
@@ -118,7 +119,8 @@ class ModelSpec(StrictModel):
     compat: bool = False  # token ids and labels of the original TinyLLaVA Factory (Template.load)
     checkpoint: str | None = None
     lacking: MissingValues = MissingValues()
-    add_tokens: list[str] = []  # your own tokens, such as <loc_1>: learned, and kept in answers (docs/training.md)
+    # Your own tokens, such as <loc_1> (docs/training.md). Left out while empty, so that earlier runs keep their hash.
+    add_tokens: list[str] = Field([], exclude_if=operator.not_)
     max_length: int = 2048
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
 
