@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import operator
 from typing import Annotated, Any, Literal
 
 from omegaconf import OmegaConf
@@ -119,8 +118,8 @@ class ModelSpec(StrictModel):
     compat: bool = False  # token ids and labels of the original TinyLLaVA Factory (Template.load)
     checkpoint: str | None = None
     lacking: MissingValues = MissingValues()
-    # Your own tokens, such as <loc_1> (docs/training.md). Left out while empty, so that earlier runs keep their hash.
-    add_tokens: list[str] = Field([], exclude_if=operator.not_)
+    # Your own tokens, such as <loc_1> (docs/training.md).
+    add_tokens: list[str] = []
     max_length: int = 2048
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
 
