@@ -23,7 +23,6 @@ from tinyllava import checkpoint
 from tinyllava.checkpoint.adapter import ADAPTER, PEFT_PREFIX, has_adapter, map_adapter_names
 from tinyllava.errors import UserError
 from tinyllava.model.modeling import TinyLlavaForConditionalGeneration
-from tinyllava.model.modules import replace_module
 from tinyllava.model.vlm import VLM
 
 LLM = "model.language_model."
@@ -97,7 +96,7 @@ def remove_adapter(model: TinyLlavaForConditionalGeneration) -> None:
         if isinstance(module, BaseTunerLayer):
             if not name.startswith(LLM):
                 module.merge(safe_merge=True)
-            replace_module(model, name, module.get_base_layer())
+            model.set_submodule(name, module.get_base_layer())
     del model.peft_config
     model._hf_peft_config_loaded = False
 
