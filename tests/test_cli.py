@@ -1,6 +1,7 @@
 """The command line: its commands and options, and one clear line for each error."""
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -51,6 +52,18 @@ def test_help_and_list_import_nothing_heavy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, f"imported: {done.stderr}"
+
+
+@pytest.mark.parametrize(
+    ("own", "policy"), [({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE"), ({"GOMP_SPINCOUNT": "100"}, None)]
+)
+def test_waiting_threads_sleep_unless_the_user_says_otherwise(own: dict[str, str], policy: str | None) -> None:
+    """A thread that spins takes the core from the thread that it waits for. torch's OpenMP must see the setting."""
+    names = {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"}
+    env = {name: value for name, value in os.environ.items() if name not in names} | own
+    code = "import os, sys, tinyllava; assert 'torch' not in sys.modules; print(os.environ.get('OMP_WAIT_POLICY'))"
+    result = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == str(policy)
 
 
 def test_help_names_every_command(tinyllava: Callable[..., CommandResult]) -> None:

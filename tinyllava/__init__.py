@@ -8,12 +8,17 @@ Importing the package is fast: torch and transformers are imported by the first 
 """
 
 import logging
+import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tinyllava.infer import Session
 
 __version__ = "0.1.0"
+# OpenMP reads this when torch is imported. By default, threads that wait for each other spin. On a machine with other
+# work on its cores, they take the time from the thread that they wait for (perf/README.md, Number of CPU threads).
+if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"} & set(os.environ):
+    os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 # peft imports bitsandbytes, which warns about a kernel that is not used here.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 

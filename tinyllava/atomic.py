@@ -6,6 +6,9 @@ it is never half written.
 """
 
 import errno
+import itertools
+import logging
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +16,7 @@ from pathlib import Path
 
 from tinyllava.errors import UserError
 
+logger = logging.getLogger("tinyllava")
 FULL = {errno.ENOSPC, errno.EDQUOT}  # errors of a full disk and of a full quota
 
 
@@ -27,6 +31,24 @@ def write_text(path: Path, text: str) -> None:
         partial.write_text(text, encoding="utf-8")
 
 
+def set_aside(path: Path) -> None:
+    """Rename what is at `path`, if anything, to the first free `NAME.kept-N`: its name is needed for a file of ours."""
+    if not os.path.lexists(path):
+        return
+    names = (path.with_name(f"{path.name}.kept-{number}") for number in itertools.count(1))
+    kept = next(name for name in names if not os.path.lexists(name))
+    path.rename(kept)
+    logger.warning("%s was not written by this run, and is now %s", path, kept.name)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a link or a directory, if it exists."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
 @contextmanager
 def write_file(path: Path) -> Iterator[Path]:
     """Yield a path to write the file to; it becomes `path` when the block ends without an error."""
@@ -37,6 +59,18 @@ def write_file(path: Path) -> Iterator[Path]:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def apply_umask(directory: Path) -> None:
+    """Give the files in `directory` the mode that the umask allows: safetensors writes its files for their owner only.
+
+    Links to files of other directories keep their mode.
+    """
+    umask = os.umask(0)
+    os.umask(umask)
+    for path in directory.rglob("*.safetensors"):
+        if path.stat().st_nlink == 1:
+            path.chmod(0o666 & ~umask)
 
 
 @contextmanager
@@ -51,6 +85,7 @@ def write_directory(directory: Path) -> Iterator[Path]:
     partial.mkdir(parents=True)
     try:
         yield partial
+        apply_umask(partial)
         if directory.exists():
             shutil.rmtree(directory)
         partial.rename(directory)

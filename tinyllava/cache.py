@@ -4,16 +4,22 @@ Everything in it can be made again, so `rm -r ~/.cache/tinyllava` is always safe
 """
 
 import errno
+import glob
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from filelock import FileLock
 
 from tinyllava.atomic import FULL
 from tinyllava.errors import UserError
+
+END = 1 << 16  # bytes of each end of a file that are hashed: those of a Parquet file hold sizes and statistics
+if TYPE_CHECKING:
+    import pyarrow
 
 UNWRITABLE = {*FULL, errno.EROFS}  # a full disk, a full quota, a read-only file system
 
@@ -31,6 +37,40 @@ def digest(*parts: object) -> str:
         hasher.update(part if isinstance(part, bytes) else repr(part).encode("utf-8", "surrogatepass"))
         hasher.update(b"\0")
     return hasher.hexdigest()[:16]
+
+
+def hash_columns(table: "pyarrow.Table", names: Sequence[str]) -> str:
+    """A hash of columns of numbers, texts, or lists of these. It does not depend on the chunks of the table.
+
+    For a list only its values are hashed, so its length must be another column.
+    """
+    hashes = []
+    for name in names:
+        hasher = hashlib.blake2b()  # chunk by chunk: a column can have gigabytes
+        for chunk in table.column(name).chunks:
+            values = (chunk.flatten() if hasattr(chunk, "flatten") else chunk).to_numpy(zero_copy_only=False)
+            if values.dtype == object:
+                values = "\0".join([*map(repr, values), ""]).encode("utf-8", "surrogatepass")
+            hasher.update(values)
+        hashes.append(hasher.digest())
+    return digest(*hashes)
+
+
+def hash_files(path: str) -> str:
+    """A hash of the names, sizes and both ends of the local files at `path`: a file, a folder or a pattern.
+
+    Streams are too long to read. The hash does not depend on the folder. It is empty if there are no local files.
+    """
+    local = Path(path)
+    found = [local, *local.rglob("*")] if local.exists() else map(Path, glob.glob(path, recursive=True))
+    parts: list[object] = []
+    for file in sorted(file for file in found if file.is_file()):
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            parts += [file.name, size, stream.read(END)]
+            stream.seek(max(0, size - END))
+            parts.append(stream.read())
+    return digest(*parts) if parts else ""
 
 
 @contextmanager

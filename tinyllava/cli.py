@@ -76,10 +76,11 @@ def train(
     from tinyllava.commands.evaluate import ask_and_score, check_tasks
 
     tasks = check_tasks(loaded.eval, data)
+    from tinyllava.commands.follow import follow_stage
     from tinyllava.train import stage
 
     run_dir = output_dir or Path("runs") / name
-    final = stage.run(loaded, name, run_dir, overwrite=overwrite)
+    final = stage.run(loaded, name, run_dir, overwrite=overwrite, follow=follow_stage)
     if not is_main_process():
         return
     if tasks:

@@ -72,11 +72,16 @@ def check_trusted(address: str, what: str) -> None:
         )
 
 
+@cache  # each kind has one Factory: a part that one caller registers is there for all
 class Factory:
     """The parts of one kind. `Factory("llms")` is the same object at every call, with all registered parts."""
 
-    def __new__(cls, kind: str) -> "Factory":
-        return _make_factory(kind)
+    def __init__(self, kind: str) -> None:
+        if kind not in KINDS:
+            known = ", ".join(KINDS)
+            raise UserError(f"unknown kind of part '{kind}'{suggest_nearest(kind, list(KINDS))} Known: {known}.")
+        self.kind, self.registered = KINDS[kind], {}
+        self.root = ROOT / self.kind.folder
 
     def list_names(self) -> list[str]:
         """Names of all parts of this kind, sorted: those of files in the package, and registered ones."""
@@ -108,9 +113,13 @@ class Factory:
             return path
         return self._get_part(self._import(path.stem))
 
-    def import_file(self, name: str) -> None:
-        """Import the package's own file of this name, if there is one."""
-        if (self.root / f"{name}.py").is_file() and not name.startswith("_"):
+    def import_file(self, name: str | None) -> None:
+        """Import the package's own file of this name, if there is one.
+
+        For a `model_type`, call this before the Auto classes meet it: a file whose classes transformers does not have
+        registers them when it is imported.
+        """
+        if name and (self.root / f"{name}.py").is_file() and not name.startswith("_"):
             self._import(name)
 
     def resolve(self, name: str, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -148,14 +157,3 @@ class Factory:
         raise UserError(
             f"unknown {self.kind.singular} '{name}'{suggest_nearest(name, known)} Known: {', '.join(known)}.{hint}"
         )
-
-
-# Cached, so that each kind has one Factory: a part that one caller registers is there for all.
-@cache
-def _make_factory(kind: str) -> Factory:
-    if kind not in KINDS:
-        raise UserError(f"unknown kind of part '{kind}'{suggest_nearest(kind, list(KINDS))} Known: {', '.join(KINDS)}.")
-    factory = object.__new__(Factory)
-    factory.kind, factory.registered = KINDS[kind], {}
-    factory.root = ROOT / factory.kind.folder
-    return factory

@@ -1,14 +1,20 @@
 """The commands look, train, data check, chat, export and doctor on a tiny recipe."""
 
+import base64
+import io
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from tests.cli_tools import CommandResult, assert_refused, recipe, run_command_line, write_recipe  # noqa: F401  (the fixture `tinyllava`)
+from tinyllava.commands.look import look_at_recipe
+from tinyllava.config import load_recipe
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +54,37 @@ def test_look_says_why_a_checkpoint_is_not_plain(
 ) -> None:
     result = tinyllava("look", write_recipe(tmp_path, recipe(pictures)), "model.connector=mlp3x_gelu")
     assert "not plain llava: the connector mlp3x_gelu is not Llava's two-layer projector" in result.out
+
+
+def test_turns_that_are_not_learned_are_not_green_and_each_stage_is_checked_as_it_learns(
+    tinyllava: Callable[..., CommandResult], tmp_path: Path, pictures: Path
+) -> None:
+    turns = [("human", "one?"), ("gpt", "first"), ("human", "two?"), ("gpt", "second")]
+    turns = [{"from": role, "value": text} for role, text in turns]
+    silent = [*turns[:3], {**turns[3], "weight": 0}]  # with `last`, nothing of it is learned
+    records = [{"id": f"t{n}", "conversations": turns} for n in range(7)] + [{"id": "silent", "conversations": silent}]
+    (tmp_path / "turns.json").write_text(json.dumps(records))
+    content = recipe(pictures)
+    for stage in content["stages"].values():
+        stage.update(data=[{"path": str(tmp_path / "turns.json")}], template="phi", on_bad_sample="skip")
+    path = write_recipe(tmp_path, content)
+
+    learns_last = "stages.finetune.supervised_turns=last"
+    shown = Console(file=io.StringIO(), force_terminal=True, width=200)
+    look_at_recipe(load_recipe(str(path), [learns_last]), shown)
+    pretrain, finetune = shown.file.getvalue().split("stage finetune")
+    assert "only the last turn of each conversation is learned" in finetune and "last turn" not in pretrain
+    green = [re.findall(r"\x1b\[1;32m(.*?)\x1b\[0m", text) for text in (pretrain, finetune)]
+    assert any("first" in piece for piece in green[0]) and any("second" in piece for piece in green[0])
+    assert not any("first" in piece for piece in green[1]) and any("second" in piece for piece in green[1])
+    assert "nothing_to_learn: " in finetune and "silent" in finetune and "nothing_to_learn" not in pretrain
+
+    assert tinyllava("data", "check", path).code == 0
+    path.write_text(path.read_text().replace("  finetune:\n", "  finetune:\n    supervised_turns: last\n"))
+    checked = tinyllava("data", "check", path)
+    assert checked.code == 1 and "nothing to learn" in checked.out and "silent" in checked.out
+    assert_refused(tinyllava("look", path, "stages.finetune.supervised_turns=lst"), "'all' or 'last'", "'lst'")
+    assert_refused(tinyllava("look", path, "stages.finetune.supervised_turn=last"), "did you mean 'supervised_turns'")
 
 
 def test_data_check_exits_with_1_if_anything_is_wrong(
@@ -92,6 +129,13 @@ def test_chat_answers_once_or_each_line(tinyllava: Callable[..., CommandResult],
     answers = piped.out.splitlines()
     assert piped.code == 0 and len(answers) == 2
     assert answers[1] == once.out.strip()  # after /reset it is the same question
+    encoded = base64.b64encode((pictures / "1.png").read_bytes()).decode()
+    forms = [(pictures / "1.png").as_uri(), f"data:image/png;base64,{encoded}", encoded.rstrip("=")]
+    asked = "".join(f"/image {form}\nWhat is it?\n/reset\n" for form in forms)
+    assert tinyllava("chat", trained, *options, stdin=asked).out == once.out * 3
+    broken = tinyllava("chat", trained, f"data:image/png;base64,{'A' * 100_000}", stdin="hi\n")
+    assert_refused(broken, "data:image/png;base64,A", "(100,022 characters) is not an image")
+    assert len(broken.err) < 300
     assert_refused(tinyllava("chat", trained, pictures / "gone.png", stdin="hi\n"), "gone.png", "not found")
     assert_refused(tinyllava("chat", trained, stdin="/imgae x\n"), "/imgae", "did you mean '/image'")
 

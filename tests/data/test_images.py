@@ -1,5 +1,6 @@
 import base64
 import io
+import socket
 import threading
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -45,6 +46,25 @@ def test_url(folder):
     finally:
         server.shutdown()
         server.server_close()
+
+
+def test_a_server_that_breaks_off_is_an_error_that_names_the_url():
+    server = socket.create_server(("127.0.0.1", 0))
+
+    def answer(text: bytes) -> None:
+        connection, _ = server.accept()
+        with connection:
+            connection.recv(4096)
+            connection.sendall(text)
+
+    for text in (b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\nshort", b"garbage\r\n\r\n", b""):
+        thread = threading.Thread(target=answer, args=(text,))
+        thread.start()
+        with pytest.raises(SampleError, match=r"image http://127\.0\.0\.1:\d+/a\.png cannot be loaded \(") as error:
+            open_image(f"http://127.0.0.1:{server.getsockname()[1]}/a.png")
+        assert error.value.kind == "unreadable_image"
+        thread.join()
+    server.close()
 
 
 def test_roots_are_searched_in_order(folder, tmp_path):

@@ -72,7 +72,7 @@ def test_images_come_in_the_order_of_their_places():
         ({"id": "x", "conversations": [{"from": "human", "value": None}]}, "no_conversation"),
         ({"id": "x", "conversations": [{"from": "robot", "value": "Hi"}]}, "turn_order"),
         ({"id": "x", "conversations": [{"from": ["human"], "value": "Hi"}]}, "turn_order"),
-        ({"id": "x", "messages": [{"role": "user", "content": [{"type": "video"}]}]}, "placeholders"),
+        ({"id": "x", "messages": [{"role": "user", "content": [{"type": "hologram"}]}]}, "placeholders"),
     ],
 )
 def test_unreadable_records(record, kind):

@@ -3,13 +3,19 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from oracle_tools import near
 
 from tests.cli_tools import assert_refused, run_command_line  # noqa: F401  (the fixture `tinyllava`)
+from tests.image_forms import PIXELS, PNG, list_text_forms
+from tinyllava.data.images import open_image
 from tinyllava.errors import UserError
-from tinyllava.eval.benchmarks import custom, vqav2
+from tinyllava.eval.ask import to_sample
+from tinyllava.eval.benchmarks import build_item, custom, vqav2
+from tinyllava.eval.run import check_images
 from tinyllava.eval.score import score_answers
+from tinyllava.infer.prompts import make_image_key
 
 ANIMALS = ("a cat", "a dog", "an owl")
 
@@ -89,6 +95,31 @@ def test_the_default_metric_depends_on_the_data(tmp_path: Path) -> None:
         "yes-no",
         "exact",
     ]
+
+
+def test_an_image_has_the_forms_that_records_have(tmp_path: Path) -> None:
+    path = tmp_path / "a cat.png"
+    path.write_bytes(PNG)
+    forms = {"relative": path.name, **list_text_forms(path)}
+    lines = [{"question_id": name, "image": form, "text": "?", "answer": "a"} for name, form in forms.items()]
+    asked = custom.Benchmark().questions(write(tmp_path / "my.jsonl", lines))
+    check_images("my", asked)
+    for question in asked:
+        (image,) = to_sample(question).images
+        assert np.array_equal(open_image(image), PIXELS), question.id
+        assert len(build_item(question, "a", "a", 1.0)["image"]) < 300
+    assert make_image_key(asked[0].images[0]) == ("file", str(path), *make_image_key(str(path))[2:])
+    bare = [{"question_id": "1", "image": [None, ""], "text": "?"}, {"question_id": "2", "image": None, "text": "?"}]
+    assert [question.images for question in custom.Benchmark().questions(write(path.parent / "b.jsonl", bare))] == [
+        (),
+        (),
+    ]
+    lines[0]["image"] = "https://example.org/a.png"
+    assert custom.Benchmark().questions(write(tmp_path / "c.jsonl", lines))[0].images == ("https://example.org/a.png",)
+    lines[0]["image"] = {"type": "image", "source": {"type": "base64", "data": "A" * 100_000 + "!"}}
+    with pytest.raises(UserError, match=r"d\.jsonl, question relative: image data:.* cannot be read") as error:
+        custom.Benchmark().questions(write(tmp_path / "d.jsonl", lines))
+    assert len(str(error.value)) < 300
 
 
 @pytest.mark.parametrize(

@@ -107,7 +107,7 @@ def test_gqa_fixture(score, refuse, tinyllava, tmp_path):
         assert actual["score"] == near(wanted["scores"]["accuracy"])
     refuse("gqa", root, root / "answers/merge_duplicate.jsonl", "1 duplicate")
     converted = root / "expected_testdev_balanced_predictions.json"  # the official results file is scored just as well
-    records, _ = read_answers_file(root / "answers/merge.jsonl")
+    records = read_answers_file(root / "answers/merge.jsonl", gqa.Benchmark(), []).records
     predictions = [{"questionId": r["question_id"], "prediction": gqa.normalize(r["text"])} for r in records]
     assert predictions == json.loads(converted.read_text())
     agree(score("gqa", root, converted)["metrics"], expected["merge.jsonl | with choices file"]["scores"])

@@ -59,3 +59,18 @@ def test_what_has_no_likelihood_is_refused() -> None:
     session = tiny_session()
     with pytest.raises(UserError, match="an empty option has no likelihood"):
         session.loglikelihood([Sample([Message("user", WORDS[0])], [])], [["A", " "]])
+
+
+def test_a_sample_may_have_no_options_and_each_needs_a_list_of_texts() -> None:
+    session = tiny_session()
+    samples = [Sample([Message("user", text)]) for text in WORDS[:3]]
+    assert session.loglikelihood(samples[:1], [[]]) == [[]]
+    some = session.loglikelihood(samples, [[], ["a", "a", "a red", "a red cat"], []])
+    assert some[0] == some[2] == [] and some[1][0].total == pytest.approx(some[1][1].total, abs=1e-4)
+    alone = session.loglikelihood(samples[1:2], [["a red", "a red cat"]])[0]
+    assert [one.total for one in some[1][2:]] == pytest.approx([one.total for one in alone], abs=1e-4)
+    for wrong in ([], ["a"] * 3, "abc", None, [["a"]] * 4, [[5]] * 3, [[None]] * 3, [{"a"}] * 3):
+        with pytest.raises(UserError, match="options: expected a list of texts for each of 3 samples, found"):
+            session.loglikelihood(samples, wrong)
+    with pytest.raises(UserError, match=r"takes \d+ positions .* the LLM has 2048"):
+        session.loglikelihood(samples[:1], [["a " * 3000]])

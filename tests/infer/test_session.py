@@ -4,6 +4,7 @@ import io
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -17,6 +18,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import tinyllava
 from tests.conftest import LLAMA
+from tests.image_forms import IMAGE, PIXELS, PNG, list_python_forms, list_text_forms, make_record
 from tests.tiny_session import NEW, PICTURES, WORDS, question, tiny_session
 from tinyllava import checkpoint
 from tinyllava.data.encode import expand
@@ -176,6 +178,32 @@ def test_pictures_by_path_bytes_and_pil_are_the_same_and_a_changed_file_is_not(
     assert session.generate([Sample([Message("user", "<image>\nWhat?")], [str(path)])], **NEW)[0] != answers[0]
 
 
+def test_every_form_of_an_image_gives_the_same_answer(session: Session, tmp_path: Path) -> None:
+    path = tmp_path / "a cat.png"
+    path.write_bytes(PNG)
+    (expected,) = session.generate([Sample([Message("user", f"<image>\n{WORDS[0]}")], [IMAGE])], **NEW)
+    forms = list_text_forms(path) | list_python_forms(path)
+    records = [
+        Sample.from_messages({"messages": make_record(form, WORDS[0])["messages"][:1]}) for form in forms.values()
+    ]
+    direct = [Sample([Message("user", f"<image>\n{WORDS[0]}")], [form]) for form in forms.values()]
+    for samples in (records, direct):
+        assert dict(zip(forms, session.generate(samples, **NEW), strict=True)) == dict.fromkeys(forms, expected)
+    for form in (path, path.as_uri(), PIXELS, io.BytesIO(PNG), {"type": "image", "image": PNG}):
+        session.reset()
+        assert session.chat(WORDS[0], form, **NEW) == expected
+
+
+def test_the_page_on_images_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    root = Path(__file__).parents[2]
+    page = (root / "docs" / "images.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(# describe\.py.*?)```", page, flags=re.S)
+    monkeypatch.chdir(root)
+    exec(compile(code, "describe.py", "exec"), {})
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == second != ""
+
+
 def test_each_row_stops_at_its_own_end(session: Session, monkeypatch) -> None:
     samples = [question(seed) for seed in range(8)]
     made = []
@@ -280,3 +308,21 @@ def test_importing_the_package_is_light_and_its_version_is_that_of_the_distribut
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
     project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
     assert project.get("version", tinyllava.__version__) == tinyllava.__version__
+
+
+def test_wrong_arguments_of_load_are_refused_in_a_line(session: Session, tmp_path: Path) -> None:
+    checkpoint.save(session.vlm, tmp_path / "c")
+    for wrong, message in [
+        ({"device": 5}, "no device '5' on this machine"),
+        ({"device": "cpu:x"}, "no device 'cpu:x' on this machine"),
+        ({"dtype": 3}, "unknown dtype '3'"),
+        ({"dtype": torch.int8}, r"unknown dtype 'torch\.int8'"),
+        ({"dtype": [1]}, r"unknown dtype '\[1\]'"),
+        ({"attn_implementation": 3}, "cannot use attention '3'"),
+    ]:
+        with pytest.raises(UserError, match=message) as caught:
+            tinyllava.load(str(tmp_path / "c"), **wrong)
+        assert "\n" not in str(caught.value)
+    for path in (None, 5, b"x", ["a"]):
+        with pytest.raises(UserError, match="expected the path of a checkpoint, found"):
+            tinyllava.load(path)

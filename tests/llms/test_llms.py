@@ -14,7 +14,6 @@ from tests.tiny_vlm import build_tiny
 from tinyllava.commands.split import write_llm
 from tinyllava.errors import UserError
 from tinyllava.factory import Factory
-from tinyllava.llms import import_llm
 from tinyllava.model.build import get_default_template
 from tinyllava.model.head import probe_head
 
@@ -44,7 +43,7 @@ def stand_alone(family: str, dtype: torch.dtype = torch.float32, vocab_size: int
     """A tiny LLM whose every weight is random, norms and biases included."""
     fields = {**LLMS[family], "vocab_size": vocab_size, "pad_token_id": 2, "bos_token_id": 0, "eos_token_id": 1}
     torch.manual_seed(0)
-    import_llm(fields["model_type"])
+    Factory("llms").import_file(fields["model_type"])
     llm = AutoModelForCausalLM.from_config(AutoConfig.for_model(fields.pop("model_type"), **fields)).eval()
     with torch.no_grad():
         for parameter in llm.parameters():
@@ -106,7 +105,7 @@ def test_a_head_that_cannot_be_held_is_refused() -> None:
 @pytest.mark.parametrize("family", LLMS)
 def test_the_template_when_none_is_named(family: str) -> None:
     """The original's for the families it had; whoever has a chat template of its own speaks that."""
-    import_llm(LLMS[family]["model_type"])
+    Factory("llms").import_file(LLMS[family]["model_type"])
     config = AutoConfig.for_model(LLMS[family]["model_type"])
     wanted = OWN_TEMPLATES.get(config.model_type, "native")
     assert get_default_template(config) == wanted

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -49,6 +50,18 @@ SAMPLES = [  # a question each, with none to three pictures anywhere in its text
 @pytest.fixture(scope="module")
 def session() -> Session:
     return tiny_session(vision_tower=TILED)
+
+
+def test_a_transparent_image_is_shown_on_white_in_all_views(session: Session) -> None:
+    ink = PICTURES[0].convert("RGBA")
+    ink.putalpha(Image.fromarray(np.tile(np.linspace(0, 255, 100).astype(np.uint8), (100, 1))))
+    white = Image.alpha_composite(Image.new("RGBA", ink.size, "white"), ink).convert("RGB")
+    seen, expected = (
+        session.processor(images=[image], text="<image>", return_tensors="pt")["pixel_values"] for image in (ink, white)
+    )
+    assert len(seen) == 5 and torch.equal(seen, expected)
+    sample = replace(SAMPLES[0], images=[ink])
+    assert session.generate([sample], **NEW) == session.generate([replace(sample, images=[white])], **NEW)
 
 
 def add_answer(sample: Sample) -> Sample:

@@ -16,7 +16,7 @@ from tests.tiny_vlm import build_moved_vlm
 from tests.train.test_stage import ROOT, load_weights, read_losses
 from tests.train.tiny_run import recipe
 from tinyllava import checkpoint
-from tinyllava.model.modeling import is_sharded
+from tinyllava.model.modules import is_sharded
 from tinyllava.train import stage
 
 

@@ -15,6 +15,7 @@ from tests.conftest import CLIP, DINOV2, PHI, tiny_model
 from tests.train.tiny_run import recipe
 from tinyllava import checkpoint
 from tinyllava.checkpoint.adapter import has_adapter
+from tinyllava.commands.follow import follow_stage
 from tinyllava.errors import UserError
 from tinyllava.train import stage
 from tinyllava.train.record import RunRecord
@@ -34,7 +35,7 @@ def load_weights(directory: Path) -> dict[str, torch.Tensor]:
 
 
 def test_both_stages_train_and_leave_everything(pictures: Path, tmp_path: Path) -> None:
-    final = stage.run(recipe(pictures), "tiny", tmp_path / "run")
+    final = stage.run(recipe(pictures), "tiny", tmp_path / "run", follow=follow_stage)
     assert final == tmp_path / "run" / "finetune" / "final"
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     assert record["stages"]["finetune"]["finished"] and record["versions"]["torch"]

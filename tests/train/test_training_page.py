@@ -8,6 +8,7 @@ import pytest
 
 from tinyllava.config import load_recipe
 from tinyllava.factory import Factory
+from tinyllava.train.stage import check_stages
 
 PAGE = (Path(__file__).parents[2] / "docs" / "training.md").read_text(encoding="utf-8")
 FENCE = "`" * 3
@@ -15,8 +16,11 @@ FENCE = "`" * 3
 
 def test_every_command_names_a_recipe_and_keys_that_exist(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    ((name, text),) = re.findall(rf"{FENCE}yaml\n# (\S+)\n(.*?){FENCE}", PAGE, flags=re.S)
-    Path(name).write_text(text)
+    for name, text in re.findall(rf"{FENCE}yaml\n# (\S+)\n(.*?){FENCE}", PAGE, flags=re.S):
+        Path(name).write_text(text)
+    best = load_recipe("best.yaml")
+    check_stages(best, best.stages)
+    assert best.stages["finetune"].early_stopping.patience == 3
     lines = re.findall(rf"{FENCE}bash\n(.*?){FENCE}", PAGE, flags=re.S)
     commands = [shlex.split(line, comments=True) for block in lines for line in block.splitlines()]
     asked = [words[words.index("train") + 1 :] for words in commands if "train" in words]

@@ -19,7 +19,6 @@ from xxhash import xxh3_128
 from tinyllava.checkpoint.layout import PREFIXES, explain_not_plain, is_adapter, to_llava_projector
 from tinyllava.errors import UserError
 from tinyllava.model.modeling import TinyLlavaForConditionalGeneration
-from tinyllava.model.modules import replace_module
 
 ADAPTER = "adapter_model.safetensors"
 PEFT_PREFIX = "base_model.model."  # starts every name in that file
@@ -126,7 +125,7 @@ def merge_adapter(model: TinyLlavaForConditionalGeneration) -> TinyLlavaForCondi
     for name, module in list(model.named_modules()):
         if isinstance(module, BaseTunerLayer):
             module.merge(safe_merge=True)
-            replace_module(model, name, module.get_base_layer())
+            model.set_submodule(name, module.get_base_layer())
     del model.peft_config
     model._hf_peft_config_loaded = False
     return model

@@ -102,4 +102,6 @@ def to_llava_projector(
     """The connector's weights under the names of Llava's projector."""
     to_llava = getattr(model.model.multi_modal_projector, "to_llava", dict)
     renamed = to_llava({name.removeprefix(prefix): tensor for name, tensor in state.items()})
-    return {prefix + name: tensor.to(model.dtype) for name, tensor in renamed.items()}
+    # In the precision of the connector, which can differ from that of the tower and the LLM.
+    dtype = next(iter(state.values())).dtype if state else model.dtype
+    return {prefix + name: tensor.to(dtype) for name, tensor in renamed.items()}

@@ -37,7 +37,6 @@ from tinyllava.checkpoint.legacy_weights import (
     CONNECTOR,
     TOWER,
     add_image_rows,
-    read_config_file,
     read_state,
     rename_weights,
     resample_positions,
@@ -45,7 +44,7 @@ from tinyllava.checkpoint.legacy_weights import (
 from tinyllava.data.template import ORIGINALS, Template, add_image_token
 from tinyllava.errors import UserError
 from tinyllava.factory import Factory
-from tinyllava.llms import import_llm
+from tinyllava.files import read_json
 from tinyllava.model.build import get_default_template
 from tinyllava.model.configuration import TinyLlavaConfig
 from tinyllava.model.image_processor import combine_image_fields, make_llava_image_processor
@@ -88,7 +87,7 @@ def is_legacy(directory: Path) -> bool:
     path = directory / "config.json"
     if not path.is_file():
         return False
-    config = read_config_file(path)
+    config = read_json(path)
     return config.get("model_type") == "tinyllava" or "mm_vision_tower" in config or "mm_projector_type" in config
 
 
@@ -107,7 +106,7 @@ def read_legacy(
     mixture's DINOv2. qformer_config: of the Q-Former's BERT (default: BERT base). vision_config: of TinyLLaVABench's
     tower (default: SigLIP so400m-patch14-384). tokenizer: another directory that has one.
     """
-    written, state = read_config_file(directory / "config.json"), read_state(directory)
+    written, state = read_json(directory / "config.json"), read_state(directory)
     is_bench = written.get("model_type") != "tinyllava"
     fields = _add_component_configs(written, directory)
     if is_bench:
@@ -172,7 +171,7 @@ KEYWORDS = list(inspect.signature(read_legacy).parameters)[1:]  # of `read_legac
 def convert_config(fields: Mapping[str, Any]) -> PreTrainedConfig:
     """Today's config from a config of transformers 4.40.1, with the defaults of that version for missing fields."""
     model_type = fields.get("model_type")
-    import_llm(model_type)
+    Factory("llms").import_file(model_type)
     import_tower(model_type)
     try:
         known = AutoConfig.for_model(model_type)
@@ -191,7 +190,7 @@ def _add_component_configs(written: dict[str, Any], directory: Path) -> dict[str
     fields = dict(written)
     for field, part in (("text_config", "language_model"), ("vision_config", "vision_tower")):
         path = directory / part / "config.json"
-        fields[field] = {**(fields.get(field) or {}), **(read_config_file(path) if path.is_file() else {})}
+        fields[field] = {**(fields.get(field) or {}), **(read_json(path) if path.is_file() else {})}
     return fields
 
 

@@ -1,11 +1,9 @@
 """Read the weights of the original's checkpoints, merge its adapters, and rename the weights to today's names."""
 
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +13,7 @@ from transformers import PreTrainedModel
 
 from tinyllava.checkpoint.weight_files import list_names
 from tinyllava.errors import UserError
+from tinyllava.files import FAULTS, check_model_files, read_json, shorten_error
 
 # The prefix of the weights from each folder of a checkpoint in components.
 FOLDERS = {
@@ -50,7 +49,7 @@ def read_state(directory: Path) -> dict[str, Tensor]:
 
 def merge_original_adapter(state: Mapping[str, Tensor], directory: Path) -> dict[str, Tensor]:
     """Merge the adapter: W + (alpha / r) B A in fp32. (The original's loader cast W to fp16 first.)"""
-    settings = read_config_file(directory / "adapter_config.json")
+    settings = read_json(directory / "adapter_config.json")
     odd = [name for name in ("use_dora", "fan_in_fan_out", "alpha_pattern", "modules_to_save") if settings.get(name)]
     if odd:
         raise UserError(
@@ -137,17 +136,24 @@ def resample_positions(state: Mapping[str, Tensor], name: str, grid: int) -> dic
     return {name: torch.cat([cls, square.permute(0, 2, 3, 1).flatten(1, 2).to(cls.dtype)], dim=1)}
 
 
+def read_pickled(directory: Path) -> dict[str, Tensor] | None:
+    """The weights of a model that transformers wrote as `pytorch_model.bin`; None if it has safetensors."""
+    if any(directory.glob("model.safetensors*")):
+        return None
+    state = read_tensors(directory, "pytorch_model")
+    return {name: tensor for name, tensor in state.items() if not name.endswith(BUFFERS)}
+
+
 def read_tensors(folder: Path, *stems: str) -> dict[str, Tensor]:
     """The tensors of `STEM.safetensors` or `STEM.bin`, whole or in shards. Raises UserError when a file is missing."""
     for name in [f"{stem}.{kind}" for stem in stems for kind in ("safetensors", "bin")]:
         index = folder / f"{name}.index.json"
-        if not index.is_file() and not (folder / name).is_file():
+        if not index.exists() and not (folder / name).exists():
             continue
-        shards = sorted(set(read_config_file(index)["weight_map"].values())) if index.is_file() else [name]
+        check_model_files(folder)
+        shards = sorted(set(read_json(index)["weight_map"].values())) if index.exists() else [name]
         state: dict[str, Tensor] = {}
         for shard in shards:
-            if not (folder / shard).is_file():
-                raise UserError(f"{folder} is incomplete: {shard} is missing. Copy it again.")
             state |= load_file(folder / shard) if shard.endswith(".safetensors") else _unpickle(folder / shard)
         return state
     looked = ", ".join(f"{stem}.safetensors, {stem}.bin" for stem in stems)
@@ -155,15 +161,16 @@ def read_tensors(folder: Path, *stems: str) -> dict[str, Tensor]:
 
 
 def _unpickle(path: Path) -> dict[str, Tensor]:
+    """The tensors of a pickle. Code in it never runs: `weights_only` refuses it."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (UnpicklingError, RuntimeError, EOFError) as error:
-        raise UserError(f"cannot read {path} as plain tensors: {str(error).splitlines()[0]}") from None
-
-
-def read_config_file(path: Path) -> dict[str, Any]:
-    """The content of a JSON file. Raises UserError when it cannot be read."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path}: {error}. Copy it again.") from None
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except UnpicklingError:
+        raise UserError(
+            f"cannot read {path} as plain tensors: it is damaged, or holds other objects, whose code could do anything."
+            " Ask its author for safetensors."
+        ) from None
+    except (*FAULTS, EOFError) as error:
+        raise UserError(f"cannot read {path} as plain tensors: {shorten_error(error)}. Copy it again.") from None
+    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+        raise UserError(f"{path} holds other things than named tensors: it is not the weights of a model.")
+    return content

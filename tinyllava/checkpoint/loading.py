@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from peft.utils import ModulesToSaveWrapper
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import AutoConfig, LlavaConfig, LlavaProcessor
 
-from tinyllava.checkpoint import legacy
+from tinyllava.checkpoint import legacy, legacy_hf, legacy_peft, legacy_weights
 from tinyllava.checkpoint.adapter import ADAPTER, PEFT_PREFIX, check_base, has_adapter, map_adapter_names
 from tinyllava.checkpoint.layout import get_published_name
 from tinyllava.checkpoint.record import read_record
@@ -20,16 +21,15 @@ from tinyllava.checkpoint.weight_files import INDEX, find_base_files, list_names
 from tinyllava.config import NATIVE_TEMPLATE
 from tinyllava.data.template import ServedTemplate, Template
 from tinyllava.errors import UserError
-from tinyllava.factory import suggest_nearest
+from tinyllava.files import FAULTS, check_model_files, shorten_error
+from tinyllava.model.build import check_feature_layers
 from tinyllava.model.configuration import TinyLlavaConfig
 from tinyllava.model.image_processor import load_trusted_class
 from tinyllava.model.modeling import TinyLlavaForConditionalGeneration
-from tinyllava.model.modules import replace_module
-from tinyllava.model.parts import silence_transformers
+from tinyllava.model.parts import check_unquantised, silence_transformers
 from tinyllava.model.processor import build_processor
-from tinyllava.model.quantise import is_quantised
+from tinyllava.model.quantise import is_quantised, quantise_llm
 from tinyllava.model.vlm import VLM
-from tinyllava.vision_towers import find_family
 
 
 def load(
@@ -37,13 +37,31 @@ def load(
 ) -> VLM:
     """Load the VLM of a checkpoint directory, with its adapter, on the CPU and in eval mode.
 
-    It reads what `save` wrote, checkpoints in `llava-hf` layout, and those of the original TinyLLaVA Factory. missing:
-    values that the checkpoint does not contain: `template` for llava-hf's, and the keywords of `legacy.read_legacy` for
-    the original's. Raises UserError when files or weights are missing.
+    It reads what `save` wrote, checkpoints in `llava-hf` layout, adapters of PEFT whose base can be found, and those of
+    the original TinyLLaVA Factory. missing: values that the checkpoint does not contain: `template` for llava-hf's, and
+    the keywords of `legacy.read_legacy` for the original's; or `load_in_4bit=True` or `load_in_8bit=True`, which
+    quantise the LLM. Raises UserError when files or weights are missing or damaged.
     """
     directory = Path(directory)
+    quantisation = legacy_hf.read_quantisation(missing)
+    legacy_hf.check_keywords(missing)
+    check_model_files(directory)
     if legacy.is_legacy(directory):
-        return _load_legacy(directory, dtype, attn_implementation, missing)
+        vlm = _load_legacy(directory, dtype, attn_implementation, missing)
+    elif legacy_peft.stands_alone(directory):
+        vlm = load(legacy_peft.find_base(directory), dtype, attn_implementation, **missing)
+        legacy_peft.add_adapter(vlm.model, directory)
+        _drop_copies(vlm.model)
+    else:
+        vlm = _load_vlm(directory, dtype, attn_implementation, missing)
+    if quantisation:
+        quantise_llm(vlm.model, quantisation)
+    return vlm
+
+
+def _load_vlm(
+    directory: Path, dtype: torch.dtype | str, attn_implementation: str | None, missing: dict[str, Any]
+) -> VLM:
     record = read_record(directory) or {}
     template_name = None if record else missing.pop("template", None)
     if missing:
@@ -52,16 +70,17 @@ def load(
         )
 
     config = _read_config(directory)
-    plain_processor = LlavaProcessor.from_pretrained(directory, backend="pil")
+    plain_processor = legacy_hf.read_processor(directory)
     if config.model_type == "llava":
         config = _complete_plain_config(config, plain_processor, record)
+    check_feature_layers(config)
+    legacy_hf.check_image_token(directory, config, plain_processor)
+    legacy_peft.check_adapter(directory)
     if (directory / ADAPTER).is_file():
         check_base(directory, find_base_files(directory))
-    model = _load_model(directory, config, dtype, attn_implementation)
-    for name, module in list(model.named_modules()):
-        # peft keeps a copy of the connector from the adapter. Its weights are the same as in the base.
-        if isinstance(module, ModulesToSaveWrapper):
-            replace_module(model, name, module.modules_to_save["default"])
+    state = None if record else legacy_weights.read_pickled(directory)
+    model = _load_model(directory, config, dtype, attn_implementation, state)
+    _drop_copies(model)
 
     tokenizer, chat_template = plain_processor.tokenizer, plain_processor.chat_template
     template = _read_template(record)
@@ -72,17 +91,28 @@ def load(
     return VLM(model.eval(), build_processor(config, images, tokenizer, chat_template, tokens), template, record)
 
 
+def _drop_copies(model: TinyLlavaForConditionalGeneration) -> None:
+    """Replace the wrapper in which peft keeps two connectors, the base's and the adapter's, by the adapter's."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, ModulesToSaveWrapper):
+            model.set_submodule(name, module.modules_to_save["default"])
+
+
 def _read_config(directory: Path) -> LlavaConfig:
     """The config in `directory`: plain Llava's or ours. Raises UserError for anything else."""
     try:
-        config = AutoConfig.from_pretrained(directory)
-    except ValueError as error:
-        reason = str(error).partition(". ")[0]  # the rest lists all models that transformers knows
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=False)  # None asks on the terminal
+    except (*FAULTS, StrictDataclassError) as error:
+        reason = shorten_error(error)
         raise UserError(
             f"cannot read {directory}: {reason}. If the part is yours, import the module that registers it first."
         ) from None
     if config.model_type not in {"llava", TinyLlavaConfig.model_type}:
-        raise UserError(f"{directory} holds a {config.model_type} model, expected a llava one.")
+        raise UserError(
+            f"{directory} holds a {config.model_type} model, expected a llava one. An LLM or a vision tower is a part:"
+            " name it in a recipe."
+        )
+    check_unquantised(directory, getattr(config, "quantization_config", None))
     if getattr(config, "image_processor", None):
         load_trusted_class(config.image_processor)
     return config
@@ -91,11 +121,6 @@ def _read_config(directory: Path) -> LlavaConfig:
 def _load_legacy(
     directory: Path, dtype: torch.dtype | str, attn_implementation: str | None, missing: Mapping[str, Any]
 ) -> VLM:
-    for name in missing:
-        if name not in legacy.KEYWORDS:
-            raise UserError(
-                f"unknown keyword '{name}'{suggest_nearest(name, legacy.KEYWORDS)} Known: {', '.join(legacy.KEYWORDS)}."
-            )
     original = legacy.read_legacy(directory, **missing)
     model = _load_model(directory, original.config, dtype, attn_implementation, original.state)
     model.generation_config = original.generation
@@ -133,7 +158,7 @@ def _load_model(
     wrong = {"missing": info["missing_keys"], "unexpected": unexpected, "of another shape": mismatched}
     if any(wrong.values()):
         listed = "; ".join(
-            f"{len(names)} {kind} ({list_names(get_published_name(model, name) for name in names)})"
+            f"{len(names)} {kind} ({list_names((get_published_name(model, name) for name in names), 5)})"
             for kind, names in wrong.items()
             if names
         )
@@ -178,16 +203,7 @@ def _complete_plain_config(
     fields.pop("model_type", None)
     if "model" in record:
         return TinyLlavaConfig(**{**fields, **record["model"]})
-    prefix = find_family(config.vision_config).prefix_tokens(config.vision_config)
-    implied = {
-        "connector": {"mlp": {"layers": 2, "act": config.projector_hidden_act}},
-        "prefix_tokens": prefix,
-        "drop_first_patch": prefix == 0,  # Llava's "default" always drops the first token
-        "image_size": processor.image_processor.crop_size["height"],
-        "image_mean": list(processor.image_processor.image_mean),
-        "image_std": list(processor.image_processor.image_std),
-    }
-    return TinyLlavaConfig(**{**fields, **implied})
+    return TinyLlavaConfig(**{**fields, **legacy_hf.imply_fields(config, processor.image_processor)})
 
 
 def _read_template(record: Mapping[str, Any]) -> Template:

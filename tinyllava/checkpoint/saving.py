@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from tinyllava import atomic
 from tinyllava.checkpoint.adapter import has_adapter, write_adapter
 from tinyllava.checkpoint.layout import explain_not_plain, make_plain_config, to_published_state
 from tinyllava.checkpoint.record import FORMAT, write_record
@@ -13,6 +14,7 @@ from tinyllava.checkpoint.weight_files import write_weights
 from tinyllava.engines import UNMERGED_CLASS, list_engines
 from tinyllava.model.configuration import TinyLlavaConfig
 from tinyllava.model.modeling import TinyLlavaForConditionalGeneration
+from tinyllava.model.processor import clean_tokenizer
 from tinyllava.model.vlm import VLM
 
 
@@ -40,12 +42,14 @@ def save(
         config.architectures = [UNMERGED_CLASS if has_adapter(model) else type(model).__name__]
     config.save_pretrained(directory)
     model.generation_config.save_pretrained(directory)
+    clean_tokenizer(vlm.tokenizer)
     (vlm.processor.to_plain() if plain else vlm.processor).save_pretrained(directory)
     files = write_weights(to_published_state(model, state), directory, reuse or {})
     if has_adapter(model):
         # The base weights are in the same directory. peft would look for a relative path where it runs.
         model.peft_config["default"].base_model_name_or_path = str((name or directory).resolve())
         write_adapter(model, state, directory, base=[file for part in files.values() for file in part])
+    atomic.apply_umask(directory)
     record = {
         "format": FORMAT,
         "plain": plain,

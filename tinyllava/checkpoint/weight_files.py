@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -38,7 +37,9 @@ def write_weights(
         sources = reuse.get(part, [])
         state = {name: tensor for name, tensor in published.items() if name.startswith(prefix)}
         if sources and all(source.is_file() for source in sources):
-            names, size = _link_weights(sources, directory)
+            for source in sources:
+                link_file(source, directory / source.name)
+            files[part] = [directory / name for name in sorted(source.name for source in sources)]
         # bitsandbytes packs 4-bit weights into uint8. No other weight has this dtype.
         elif any(tensor.dtype == torch.uint8 for tensor in state.values()):
             files_given = ", ".join(map(str, sources)) or "none given"
@@ -46,46 +47,34 @@ def write_weights(
                 f"the {part} is quantised, and the files of its unquantised weights are missing ({files_given})."
             )
         else:
-            names, size = _write_shards(state, FILES[part], directory)
-        weight_map |= names
-        total += size
-        files[part] = [directory / name for name in sorted(set(names.values()))]
+            files[part] = _write_shards(state, FILES[part], directory)
+        for file in files[part]:
+            names, size = read_weight_names(file)
+            weight_map |= dict.fromkeys(names, file.name)
+            total += size
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     return files
 
 
-def _link_weights(sources: list[Path], directory: Path) -> tuple[dict[str, str], int]:
-    """Link files into `directory`. Returns {weight: file name} and the bytes of the weights."""
-    weight_map: dict[str, str] = {}
-    total = 0
-    for source in sources:
-        link_file(source, directory / source.name)
-        names, size = read_weight_names(source)
-        weight_map |= dict.fromkeys(names, source.name)
-        total += size
-    return weight_map, total
-
-
-def _write_shards(state: Mapping[str, Tensor], stem: str, directory: Path) -> tuple[dict[str, str], int]:
-    """Write the weights of one part. Returns {weight: file name} and the bytes of the weights."""
+def _write_shards(state: Mapping[str, Tensor], stem: str, directory: Path) -> list[Path]:
+    """Write the weights of one part. Returns its files."""
     if not state:  # a connector without weights
-        return {}, 0
+        return []
     pattern = stem + "{suffix}.safetensors"
     plan = split_torch_state_dict_into_shards(dict(state), filename_pattern=pattern, max_shard_size=SHARD_SIZE)
     for name in sorted(plan.filename_to_tensors):
         tensors = {key: state[key].detach().cpu().contiguous() for key in plan.filename_to_tensors[name]}
         save_file(tensors, directory / name, metadata={"format": "pt"})
-    weight_map = {key: name for name, keys in plan.filename_to_tensors.items() for key in keys}
-    return weight_map, sum(tensor.numel() * tensor.element_size() for tensor in state.values())
+    return [directory / name for name in sorted(plan.filename_to_tensors)]
 
 
 def read_weight_names(file: Path) -> tuple[list[str], int]:
     """The names of the weights in a safetensors file, and their bytes."""
-    with safe_open(file, framework="pt") as weights:
-        names = list(weights.keys())
-    with file.open("rb") as raw:  # eight bytes with the header's length, the header, the weights
-        return names, file.stat().st_size - 8 - int.from_bytes(raw.read(8), "little")
+    with file.open("rb") as raw:  # eight bytes with the header's length, the header (JSON), the weights
+        length = int.from_bytes(raw.read(8), "little")
+        names = json.loads(raw.read(length)).keys() - {"__metadata__"}
+    return sorted(names), file.stat().st_size - 8 - length
 
 
 def find_part_files(directory: Path) -> dict[str, list[Path]]:

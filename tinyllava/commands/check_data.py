@@ -20,10 +20,11 @@ from rich.table import Table
 
 from tinyllava.config import DataSpec, Recipe, load_recipe
 from tinyllava.console import messages
-from tinyllava.data.bad_records import SHORTENED, BadRecords
+from tinyllava.data.bad_records import FIRST_IDS, SHORTENED, BadRecords
 from tinyllava.data.encode import Encoder
-from tinyllava.data.images import Reference, is_file_reference, open_image
+from tinyllava.data.images import open_image
 from tinyllava.data.options import DataOptions
+from tinyllava.data.references import Reference, is_file_reference
 from tinyllava.data.sample import Sample, SampleError
 from tinyllava.data.sources import Source, open_source
 from tinyllava.factory import Factory
@@ -41,10 +42,38 @@ KINDS = {
     "too_long": "too long, even its first round",
     "shortened": "too long: would lose its last rounds",
     "nothing_to_learn": "nothing to learn",
+    "contradiction": "says two different things",
+    "unsupported_video": "has a video",
+    "unsupported_audio": "has audio",
+    "unsupported_file": "has a file that is not an image",
+    "unsupported_tool": "uses tools",
+    "unsupported_preference": "preference data: chosen and rejected answers",
+    "unsupported_text": "has text beside its turns: a history, reasoning",
+    "unsupported_image_key": "its images have a key that is not read",
+    "unsupported_boxes": "boxes to be written into its text",
+    "unsupported_weight": "a weight or flag that cannot be honoured",
 }
 IMAGE_KINDS = ("missing_image", "unreadable_image")
 FEW = 64  # images; fewer per process are not worth its start
 WINDOW = 4096  # images that are sent to the processes at a time, because images inside records take memory
+
+
+class ExplainedRecords(BadRecords):
+    """Bad records with what is wrong with each of the first ones, not only with the very first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.texts: dict[str, list[str]] = {}
+
+    def add(self, kind: str, identity: str, text: str) -> None:
+        """Count one record."""
+        super().add(kind, identity, text)
+        if len(self.texts.setdefault(kind, [])) < FIRST_IDS:
+            self.texts[kind].append(text)
+
+    def list_first(self, kind: str) -> list[tuple[str, str]]:
+        """(id, what is wrong) of the first records of a kind."""
+        return list(zip(self.to_dict()[kind]["ids"], self.texts[kind], strict=True))
 
 
 @dataclass
@@ -54,7 +83,7 @@ class DataReport:
     records: int = 0
     images: int = 0
     text_only: int = 0
-    bad_records: BadRecords = field(default_factory=BadRecords)
+    bad_records: ExplainedRecords = field(default_factory=ExplainedRecords)
 
     @property
     def is_ok(self) -> bool:
@@ -103,7 +132,8 @@ def check_recipe(recipe: Recipe) -> DataReport:
         options = make_data_options(recipe, stage, vlm)
         validation = stage.validation if isinstance(stage.validation, list) else []
         for spec in [*stage.data, *validation]:
-            key = (spec, options.template, options.max_length)  # the same key gives the same result
+            # The same key gives the same result.
+            key = (spec, options.template, options.max_length, options.supervised_turns)
             if key not in checked:
                 checked.append(key)
                 check_specs([spec], options, report=report)
@@ -169,7 +199,10 @@ def _check_records(
 def _check_sample(sample: Sample, source: Source, encoder: Encoder | None, bad: BadRecords) -> None:
     """Raise SampleError if the sample cannot be trained on. One that would be shortened is added to `bad`."""
     if encoder is None:
-        return sample.check()
+        sample.check()
+        if not any(message.learned for message in sample.messages if message.role == "assistant"):
+            raise SampleError("nothing_to_learn", "none of its answers is learned", sample.id)
+        return
     row = encoder.encode(sample, source.roots)
     if row["shortened"]:
         bad.add(SHORTENED, sample.id, f"more than {encoder.max_length} positions; {row['detail']}")

@@ -14,6 +14,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HFValidationError, HTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
 from tinyllava import atomic, checkpoint
+from tinyllava.checkpoint import legacy_hf
 from tinyllava.checkpoint.adapter import has_adapter, merge_adapter
 from tinyllava.commands.card import find_scores, make_model_card
 from tinyllava.commands.engines import show_engines
@@ -63,6 +64,9 @@ def export_checkpoint(path: str, to: str, output_dir: Path, name: str, dtype: st
     if output_dir.exists():
         raise UserError(f"{output_dir} exists already. Choose another --output, or delete it.")
     source = find_checkpoint(path)
+    for key in legacy_hf.QUANTISATION:
+        if key in lacking:
+            raise UserError(f"{key}: quantised weights cannot be exported. Export without it, and quantise on loading.")
     vlm = checkpoint.load(source, DTYPES[dtype], **lacking)
     run = {**vlm.record.get("run", {}), "exported_from": source.name}
     if to != "adapter" and (has_adapter(vlm.model) or to == "merged"):

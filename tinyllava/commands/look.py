@@ -17,6 +17,7 @@ from rich.text import Text
 
 from tinyllava.checkpoint.layout import explain_not_plain
 from tinyllava.checkpoint.saving import find_engines
+from tinyllava.commands.parts_table import make_parts_table
 from tinyllava.commands.render import colour_tokens, draw_histogram
 from tinyllava.commands.stand_ins import make_stand_ins
 from tinyllava.config import Recipe
@@ -25,19 +26,21 @@ from tinyllava.data.streaming import StreamingDataset
 from tinyllava.data.template import image_token_id
 from tinyllava.data.tiles import count_image_tokens
 from tinyllava.engines import list_lines
-from tinyllava.train.parts_table import make_parts_table
 from tinyllava.train.plan import Plan
-from tinyllava.train.stage import StageSetup, prepare_stage
+from tinyllava.train.stage import StageSetup, check_stages, prepare_stage
 
 SAMPLES = 4  # shown of the first micro-batch
 
 
 def look_at_recipe(recipe: Recipe, console: Console) -> None:
     """Show what training `recipe` would do. Raises UserError for everything that would stop its start."""
+    check_stages(recipe, recipe.stages, trains=False)
     for name in recipe.stages:
         setup = prepare_stage(recipe, name, empty=True)
         console.print("", Rule(Text(f"stage {name}", style="bold"), align="left"))
         console.print(make_parts_table(setup.parts, setup.args.learning_rate))
+        if setup.stage.supervised_turns == "last":
+            console.print("supervised turns: only the last turn of each conversation is learned")
         if isinstance(setup.dataset, StreamingDataset):
             console.print(f"streamed data: the lengths are not known in advance; {setup.args.max_steps} steps")
             batch = list(islice(setup.dataset, SAMPLES))
@@ -74,14 +77,15 @@ def look_at_data(setup: StageSetup, console: Console) -> list[dict[str, Any]]:
         console.print(f"{kind}: {entry['count']:,} records ({', '.join(entry['ids'][:3])} ...)", style="yellow")
     if setup.validation is not None:
         console.print(f"validation: {len(setup.validation):,} samples", highlight=False)
-    steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * plan.steps_per_epoch)
+    steps_per_epoch = math.ceil(len(dataset) / batch_size)
+    steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * steps_per_epoch)
     positions, supervised = int(dataset.lengths.sum()), int(dataset.supervised.sum())
     length = f"{args.num_train_epochs:g} epochs" if args.max_steps <= 0 else "max_steps"
     facts = {
         "optimiser steps": f"{steps:,} ({len(dataset):,} samples, {batch_size} per step, {length})",
         "each step": f"{plan.accumulation} micro-batches of {micro} on each of {args.world_size} device(s)",
         "supervised": f"{supervised:,} of {positions:,} positions ({100 * supervised / positions:.1f} %)",
-        "padding": f"{100 * plan.measure_padding():.1f} % of all positions",
+        "padding": f"{100 * measure_padding(plan):.1f} % of all positions",
         "longest": f"{int(dataset.lengths.max()):,} positions",
     }
     for name, fact in facts.items():
@@ -89,7 +93,18 @@ def look_at_data(setup: StageSetup, console: Console) -> list[dict[str, Any]]:
     console.print("\npositions per sample, and how many samples have them")
     console.print(Padding(draw_histogram(dataset.lengths, width=min(40, console.width - 24)), (0, 2)), highlight=False)
     dataset.draft = None  # decode images at full size, because their sizes are shown
-    return [dataset[entry.sample] for entry in plan.split_step(plan.get_step(0, 0))[0][0]]
+    return [dataset[entry.sample] for entry in next(plan.iterate_epoch(0))]
+
+
+def measure_padding(plan: Plan) -> float:
+    """The share of padding in all positions of an epoch."""
+    used = padded = 0
+    for rank in range(plan.world_size):
+        for batch in plan.iterate_epoch(0, rank):
+            lengths = plan.lengths[[entry.sample for entry in batch]]
+            used += int(lengths.sum())
+            padded += int(lengths.max()) * len(batch)
+    return 1.0 - used / padded if padded else 0.0
 
 
 def show_sample(setup: StageSetup, item: dict[str, Any], console: Console) -> None:

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from tinyllava.checkpoint.layout import NESTED_TOWERS, PREFIXES, to_llava_projector
 from tinyllava.engines import list_projector_limits
 from tinyllava.model.modeling import TinyLlavaForConditionalGeneration
+from tinyllava.model.processor import clean_tokenizer
 from tinyllava.model.vlm import VLM
 from tinyllava.vision_towers import CompositeTower
 
@@ -30,6 +31,7 @@ def write_split(vlm: VLM, directory: Path) -> None:
     model = vlm.model
     write_llm(model, directory / "llm")
     model.generation_config.save_pretrained(directory / "llm")
+    clean_tokenizer(vlm.tokenizer)
     vlm.tokenizer.save_pretrained(directory / "llm")
     tower, folder = model.model.vision_tower, directory / "vision_tower"
     members = tower.members if isinstance(tower, CompositeTower) else {"": tower}

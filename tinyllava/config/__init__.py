@@ -12,34 +12,16 @@ The whole recipe is checked before a model or a data file is opened. An unknown 
 nearest one.
 """
 
-from tinyllava.config.read import load_recipe
-from tinyllava.config.schema import (
-    NATIVE_TEMPLATE,
-    PART_TITLES,
-    PARTS,
-    DataSpec,
-    LLMSpec,
-    ModelSpec,
-    Recipe,
-    Stage,
-    TokenizerSpec,
-    Tune,
-    TuneSpec,
-    VisionTowerSpec,
-)
-
-__all__ = [
-    "NATIVE_TEMPLATE",
-    "PARTS",
-    "PART_TITLES",
-    "DataSpec",
-    "LLMSpec",
-    "ModelSpec",
-    "Recipe",
-    "Stage",
-    "TokenizerSpec",
-    "Tune",
-    "TuneSpec",
-    "VisionTowerSpec",
-    "load_recipe",
-]
+from tinyllava.config.read import load_recipe as load_recipe
+from tinyllava.config.schema import NATIVE_TEMPLATE as NATIVE_TEMPLATE
+from tinyllava.config.schema import PART_TITLES as PART_TITLES
+from tinyllava.config.schema import PARTS as PARTS
+from tinyllava.config.schema import DataSpec as DataSpec
+from tinyllava.config.schema import LLMSpec as LLMSpec
+from tinyllava.config.schema import ModelSpec as ModelSpec
+from tinyllava.config.schema import Recipe as Recipe
+from tinyllava.config.schema import Stage as Stage
+from tinyllava.config.schema import TokenizerSpec as TokenizerSpec
+from tinyllava.config.schema import Tune as Tune
+from tinyllava.config.schema import TuneSpec as TuneSpec
+from tinyllava.config.schema import VisionTowerSpec as VisionTowerSpec

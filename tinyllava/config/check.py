@@ -1,11 +1,12 @@
 """Check a recipe: explain errors of the schema, and find names and options that do not exist."""
 
 import inspect
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from tinyllava.config.schema import NATIVE_TEMPLATE, PARTS, Recipe, TokenizerSpec
+from tinyllava.config.trainer_fields import check_trainer
 from tinyllava.errors import UserError
 from tinyllava.factory import Factory, suggest_nearest
 
@@ -75,7 +76,7 @@ def check_names(recipe: Recipe) -> None:
         for part in PARTS:
             ((name, options),) = getattr(stage.tune, part).tuning.items()
             _check_options(f"stages.{stage_name}.tune.{part}.{name}", Factory("tuning").get(name), options)
-        _check_trainer(f"stages.{stage_name}.trainer", stage.trainer)
+        check_trainer(f"stages.{stage_name}.trainer", stage.trainer)
     for task in recipe.eval:
         # A .jsonl file holds the user's own questions. `mme-likelihood` scores the benchmark mme (eval/choose.py).
         if not task.endswith(".jsonl"):
@@ -93,26 +94,3 @@ def _check_options(where: str, tuning: type, options: dict[str, Any]) -> None:
                 f"unknown option '{key}' of {where}{suggest_nearest(key, known)} Known: {', '.join(known)}."
             ) from None
         raise UserError(f"{where}.{key}: {fault['msg']}, found {fault['input']!r}.") from None
-
-
-def _check_trainer(where: str, options: dict[str, Any]) -> None:
-    """Check the keys and plain types of `trainer:` against TrainingArguments, to which it is passed unchanged."""
-    if not options:
-        return
-    from transformers import TrainingArguments
-
-    hints = get_type_hints(TrainingArguments)
-    managed = {"gradient_accumulation_steps": "global_batch_size", "output_dir": "--output", "seed": "seed"}
-    for key, value in options.items():
-        if key in managed:
-            raise UserError(f"{where}.{key} follows from `{managed[key]}`. Set `{managed[key]}` instead.")
-        if key not in hints:
-            raise UserError(
-                f"unknown key '{where}.{key}'{suggest_nearest(key, list(hints))}"
-                " Known: the fields of TrainingArguments."
-            )
-        try:
-            TypeAdapter(hints[key], config={"arbitrary_types_allowed": True}).validate_python(value)
-        except ValidationError:
-            kind = str(hints[key]).replace("typing.", "")
-            raise UserError(f"{where}.{key}: expected {kind}, found {value!r}.") from None

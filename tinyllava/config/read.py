@@ -25,14 +25,23 @@ def load_recipe(name: str, overrides: list[str] | None = None) -> Recipe:
         if not equals or not key:
             raise UserError(f"cannot read the override '{override}': expected key=value, like seed=1.")
         _replace_value(tree, key, _parse_yaml(f"value: {text}", f"the override '{override}'").get("value"))
+    recipe = _validate(tree, name)
+    check_names(recipe)
+    return recipe
+
+
+def parse_recipe(text: str, name: str) -> Recipe:
+    """The recipe in a text that `Recipe.to_yaml` wrote. Raises UserError if it cannot be read."""
+    return _validate(_parse_yaml(text, f"recipe {name}"), name)
+
+
+def _validate(tree: DictConfig, name: str) -> Recipe:
     try:
-        recipe = Recipe.model_validate(OmegaConf.to_container(tree, resolve=True))
+        return Recipe.model_validate(OmegaConf.to_container(tree, resolve=True))
     except ValidationError as error:
         raise UserError(explain_error(name, error)) from None
     except OmegaConfBaseException as error:
         raise UserError(f"recipe {name}: {str(error).splitlines()[0]}") from None
-    check_names(recipe)
-    return recipe
 
 
 def _parse_yaml(text: str, what: str) -> DictConfig:

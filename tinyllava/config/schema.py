@@ -11,6 +11,8 @@ from tinyllava.factory import Factory
 
 PARTS = ("vision_tower", "connector", "llm")
 PART_TITLES = {"vision_tower": "vision tower", "connector": "connector", "llm": "LLM"}  # names in messages
+# Fields that earlier versions did not have, with their defaults: the hash of an earlier recipe must not change.
+ADDED_LATER = {"early_stopping": None, "supervised_turns": "all", "add_tokens": []}
 NATIVE_TEMPLATE = "native"  # the tokenizer's own chat template: a name without a file in templates/
 
 
@@ -116,6 +118,7 @@ class ModelSpec(StrictModel):
     compat: bool = False  # token ids and labels of the original TinyLLaVA Factory (Template.load)
     checkpoint: str | None = None
     lacking: MissingValues = MissingValues()
+    add_tokens: list[str] = []  # your own tokens, such as <loc_1>: learned, and kept in answers (docs/training.md)
     max_length: int = 2048
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
 
@@ -184,6 +187,13 @@ class Tune(StrictModel):
     llm: TuneSpec = TuneSpec(tuning="frozen")
 
 
+class EarlyStopping(StrictModel):
+    """End a stage after `patience` validations in a row whose loss is not lower than the best by over `threshold`."""
+
+    patience: int = Field(gt=0)
+    threshold: float = Field(0.0, ge=0, allow_inf_nan=False)
+
+
 class Stage(StrictModel):
     """One training stage: its data, the tuning of each part, and the fields of TrainingArguments (`trainer`)."""
 
@@ -194,6 +204,8 @@ class Stage(StrictModel):
     global_batch_size: int = Field(128, gt=0)
     on_bad_sample: Literal["error", "skip"] = "error"
     max_length: int | None = Field(None, gt=0)
+    supervised_turns: Literal["all", "last"] = "all"
+    early_stopping: EarlyStopping | None = None
     trainer: dict[str, Any] = {}
 
     @field_validator("trainer")
@@ -212,8 +224,13 @@ class Recipe(StrictModel):
     seed: int = 42
 
     def compute_hash(self) -> str:
-        """A short hash of the whole recipe: 16 hex digits. A run can be resumed only by a recipe with the same hash."""
-        canonical = json.dumps(self.model_dump(mode="json"), sort_keys=True)
+        """A short hash of the whole recipe: 16 hex digits."""
+        tree = self.model_dump(mode="json")
+        for section in (tree["model"], *tree["stages"].values()):
+            for name, default in ADDED_LATER.items():
+                if section.get(name) == default:
+                    section.pop(name, None)
+        canonical = json.dumps(tree, sort_keys=True)
         return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
     def to_yaml(self) -> str:

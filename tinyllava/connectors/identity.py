@@ -28,13 +28,8 @@ class Connector(nn.Module):
 
     def to_llava(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return the two identity layers."""
-        eye, zero = torch.eye(self.dim), torch.zeros(self.dim)
-        return {
-            "linear_1.weight": eye,
-            "linear_1.bias": zero,
-            "linear_2.weight": eye.clone(),
-            "linear_2.bias": zero.clone(),
-        }
+        weights = {f"linear_{number}.weight": torch.eye(self.dim) for number in (1, 2)}
+        return {**weights, **{f"linear_{number}.bias": torch.zeros(self.dim) for number in (1, 2)}}
 
     def forward(self, features: Tensor) -> Tensor:
         """Return the features."""

@@ -10,11 +10,10 @@ SHORTENED = "shortened"  # a record of this kind is still used, without its last
 
 
 class BadRecords:
-    """Bad records by kind: their number, the first ids, and what is wrong with each of these first records."""
+    """Bad records by kind: their number, the first ids, and what is wrong with the first."""
 
     def __init__(self) -> None:
         self._kinds: dict[str, dict[str, Any]] = {}
-        self._texts: dict[str, list[str]] = {}
 
     def __len__(self) -> int:
         return sum(entry["count"] for entry in self._kinds.values())
@@ -25,7 +24,6 @@ class BadRecords:
         entry["count"] += 1
         if len(entry["ids"]) < FIRST_IDS:
             entry["ids"].append(identity)
-            self._texts.setdefault(kind, []).append(text)
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
         """{kind: {"count", "ids": the first ten, "first": what is wrong with the first}}, as in run.json.
@@ -38,10 +36,6 @@ class BadRecords:
         """Records of each kind, most frequent first."""
         counts = {kind: entry["count"] for kind, entry in self._kinds.items()}
         return dict(sorted(counts.items(), key=lambda item: -item[1]))
-
-    def list_first(self, kind: str) -> list[tuple[str, str]]:
-        """(id, what is wrong) of the first records of a kind."""
-        return list(zip(self._kinds[kind]["ids"], self._texts[kind], strict=True))
 
     def refuse(self, records: int, source: str) -> None:
         """Raise UserError if any of the `records` records is bad. Shortened records are not bad.

@@ -4,14 +4,18 @@ B: samples, L: the longest sample's positions, N: views of all images of the bat
 image that is not cut into tiles is one view.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from PIL import Image
+from torch.nn.utils.rnn import pad_sequence
 
-from tinyllava.data.images import Pixels
 from tinyllava.data.labels import IGNORE
 from tinyllava.data.tiles import Grid
+
+# What a model's processor does: images, and the grids of those cut into tiles -> uint8 [views, 3, H, W]
+Pixels = Callable[..., torch.Tensor]
 
 
 def make_image_inputs(pixels: Pixels, images: list[Image.Image], grids: list[Grid] | None) -> dict[str, Any]:
@@ -39,16 +43,10 @@ class Collator:
         (bool [B]) is added if an image of a sample could not be read.
         """
         lengths = torch.tensor([len(item["input_ids"]) for item in items])
-        shape = (len(items), int(lengths.max()))
-        input_ids = torch.full(shape, self.pad_token_id)
-        labels = torch.full(shape, IGNORE)
-        for row, (item, length) in enumerate(zip(items, lengths.tolist(), strict=True)):
-            input_ids[row, :length] = item["input_ids"]
-            labels[row, :length] = item["labels"]
         batch = {
-            "input_ids": input_ids,
-            "attention_mask": (torch.arange(shape[1]) < lengths[:, None]).long(),
-            "labels": labels,
+            "input_ids": pad_sequence([item["input_ids"] for item in items], True, self.pad_token_id),
+            "attention_mask": (torch.arange(int(lengths.max())) < lengths[:, None]).long(),
+            "labels": pad_sequence([item["labels"] for item in items], True, IGNORE),
             "index": torch.tensor([item["index"] for item in items]),
         }
         pixels = [item["pixel_values"] for item in items if item["pixel_values"] is not None]

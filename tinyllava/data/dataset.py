@@ -13,14 +13,15 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow as pa
 import torch
 from PIL import Image
 
-from tinyllava.cache import digest, find_cache_root, lock
+from tinyllava.cache import digest, find_cache_root, hash_columns, lock
 from tinyllava.config import DataSpec
 from tinyllava.data.bad_records import BadRecords, WorkerError, describe_bad_record
 from tinyllava.data.collate import make_image_inputs
@@ -36,6 +37,7 @@ from tinyllava.data.template import image_token_id
 from tinyllava.data.tiles import Grid, count_image_tokens, to_draft_size
 from tinyllava.errors import UserError
 
+ROW_CONTENT = ("input_ids", "labels", "images", "length", "supervised")  # what decides the result of training
 RECORDS_PER_PROCESS = 5_000  # five seconds of tokenising; a process takes one second to start
 
 
@@ -77,12 +79,12 @@ class SupervisedDataset(torch.utils.data.Dataset):
     def supervised(self) -> np.ndarray:
         return read_column(self.rows, "supervised")[self.index]
 
-    @property
-    def ids(self) -> Sequence[str]:
-        return _Ids(self)
+    @cached_property
+    def ids(self) -> list[str]:
+        return self.rows.data.column("id").take(pa.array(self.index)).to_pylist()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key not in ("lengths", "supervised")}
+        return {key: value for key, value in self.__dict__.items() if key not in ("lengths", "supervised", "ids")}
 
     def __getitem__(self, i: int) -> dict[str, Any]:
         """{"input_ids": int64 [L], "labels": int64 [L], "pixel_values": uint8 [views, 3, H, W] or None, "index": i}
@@ -140,21 +142,6 @@ class SupervisedDataset(torch.utils.data.Dataset):
         return images, first_error
 
 
-class _Ids(Sequence):
-    """Record ids, read from the mapped file only when one is needed."""
-
-    def __init__(self, dataset: SupervisedDataset) -> None:
-        self.column, self.index = dataset.rows.data.column("id"), dataset.index
-
-    def __len__(self) -> int:
-        return len(self.index)
-
-    def __getitem__(self, i: int | slice) -> Any:
-        if isinstance(i, slice):
-            return [self[j] for j in range(*i.indices(len(self)))]
-        return self.column[int(self.index[i])].as_py()
-
-
 def build_dataset(specs: Sequence[DataSpec], options: DataOptions) -> "SupervisedDataset | StreamingDataset":
     """Check and tokenise everything in `specs`: a SupervisedDataset, or a StreamingDataset if the specs stream.
 
@@ -174,11 +161,11 @@ def build_dataset(specs: Sequence[DataSpec], options: DataOptions) -> "Supervise
     if options.on_bad_sample == "error":
         bad.refuse(sum(map(len, sources)), specs[0].path if len(specs) == 1 else "RECIPE")
     starts = np.cumsum([0, *map(len, sources)])  # one more than there are draws: the last is the end
-    index = np.concatenate([draw.rows + start for draw, start in zip(draws, starts, strict=False)])
+    index = np.concatenate([rows + start for (rows, _), start in zip(draws, starts, strict=False)])
     if not len(index):
-        raise UserError(
-            f"no usable sample is left in {', '.join(spec.path for spec in specs)}: dropped {_format_counts(bad)}."
-        )
+        dropped = ", ".join(f"{count} {kind}" for kind, count in bad.count_kinds().items())
+        paths = ", ".join(spec.path for spec in specs)
+        raise UserError(f"no usable sample is left in {paths}: dropped {dropped or 'none: a weight is too small'}.")
     return SupervisedDataset(
         datasets.concatenate_datasets(tables),
         sources,
@@ -186,37 +173,22 @@ def build_dataset(specs: Sequence[DataSpec], options: DataOptions) -> "Supervise
         options,
         fingerprint=digest(encoder.hash_options(), *(source.fingerprint for source in sources), index.tobytes()),
         bad_records=bad,
-        facts=[draw.facts for draw in draws],
+        facts=[entry for _, entry in draws],
     )
-
-
-class Draw(NamedTuple):
-    """The rows of one source that are trained on, and its entry in the run's record."""
-
-    rows: np.ndarray
-    facts: dict[str, Any]
 
 
 def draw_records(
     spec: DataSpec, source: Source, table: datasets.Dataset, bad: BadRecords, seed: tuple[int, int]
-) -> Draw:
-    """The usable rows of `table`, as often as the spec's weight says. Bad rows are counted in `bad`."""
+) -> tuple[np.ndarray, dict[str, Any]]:
+    """The usable rows of `table`, as often as the spec's weight says, and their entry in the run's record.
+
+    Bad rows are counted in `bad`.
+    """
     good = np.flatnonzero(find_usable(source, table, bad))
     rows = apply_weight(good, spec.weight, seed)
-    facts = {
-        "path": spec.path,
-        "fingerprint": source.fingerprint,
-        "records": len(source),
-        "usable": len(good),
-        "weight": spec.weight,
-        "samples": len(rows),
-    }
-    return Draw(rows, facts)
-
-
-def _format_counts(bad: BadRecords) -> str:
-    counts = ", ".join(f"{entry['count']} {kind}" for kind, entry in bad.to_dict().items())
-    return counts or "none, so a weight is too small"
+    facts = {"path": spec.path, "fingerprint": source.fingerprint, "records": len(source), "usable": len(good)}
+    content = hash_columns(table.data, ROW_CONTENT)
+    return rows, {**facts, "weight": spec.weight, "samples": len(rows), "tokenised": content}
 
 
 def encode_source(source: Source, encoder: Encoder, cache: Path) -> datasets.Dataset:

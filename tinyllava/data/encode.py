@@ -14,16 +14,17 @@ import numpy as np
 from datasets import Features, List, Value
 
 from tinyllava.cache import digest
-from tinyllava.data.images import Reference, is_file_reference, read_image_size
+from tinyllava.data.images import read_image_size
 from tinyllava.data.labels import IGNORE
 from tinyllava.data.options import DataOptions
+from tinyllava.data.references import Reference, resolve_reference
 from tinyllava.data.sample import IMAGE_TOKEN, Sample, SampleError
 from tinyllava.data.sources.source import to_raw_records
 from tinyllava.data.template import image_token_id
 from tinyllava.data.tiles import Grid, count_image_tokens
 
 # The files whose code decides the row of a record: a change in any of them makes the cache out of date.
-CODE = ("sample", "template", "fit", "rendering", "labels", "special_tokens", "encode", "images", "tiles")
+CODE = ("sample", "template", "fit", "rendering", "labels", "special_tokens", "encode", "references", "images", "tiles")
 FEATURES = Features(
     {
         "id": Value("string"),
@@ -53,13 +54,13 @@ class Encoder:
         self.template, self.tokenizer = options.template, options.tokenizer
         self.bound = options.template.bind_to_train(options.tokenizer)
         self.tokens_per_image, self.max_length = options.tokens_per_image, options.max_length
-        self.tiles = options.tiles
+        self.tiles, self.supervised_turns = options.tiles, options.supervised_turns
 
     def hash_options(self) -> str:
-        """A hash of what decides ids and labels: template, tokenizer, tokens per image, maximum length and tiles."""
-        tokenizer, tiles = hash_tokenizer(self.tokenizer), [self.tiles] if self.tiles else []
-        template = (self.template.source, self.template.compat)
-        return digest(*template, tokenizer, self.tokens_per_image, self.max_length, *tiles)
+        """A hash of what decides ids and labels: template, tokenizer, lengths, tiles and supervised turns."""
+        template, tokenizer = (self.template.source, self.template.compat), hash_tokenizer(self.tokenizer)
+        options = [option for option in (self.tiles, self.supervised_turns) if option not in (None, "all")]
+        return digest(*template, tokenizer, self.tokens_per_image, self.max_length, *options)
 
     def hash_code(self) -> str:
         """A hash of the options and of the code that encodes, so that a cache from older code is not read."""
@@ -74,12 +75,16 @@ class Encoder:
         """The row of a sample whose images are under `roots`. Raises SampleError if it cannot be trained on."""
         sample = self.template.adapt(sample)
         sample.check()
+        if self.supervised_turns == "last":
+            earlier = [replace(message, learned=False) for message in sample.messages[:-1]]
+            sample = replace(sample, messages=[*earlier, sample.messages[-1]])
         grids = [self._find_grid(image, roots) for image in sample.images]
         row = self._make_row(sample, grids)
         if row["length"] > self.max_length:
             row = self._shorten(sample, grids, row["length"])
         if not row["supervised"]:
-            raise SampleError("nothing_to_learn", "the template supervises none of its tokens", sample.id)
+            text = f"its template, flags and `supervised_turns` leave nothing to learn ({row['detail'] or 'whole'})"
+            raise SampleError("nothing_to_learn", text, sample.id)
         return row
 
     def encode_record(
@@ -107,7 +112,7 @@ class Encoder:
             "id": sample.id,
             "input_ids": ids,
             "labels": labels,
-            "images": [to_stored_reference(image) for image in sample.images],
+            "images": [path if isinstance(path := resolve_reference(image), str) else None for image in sample.images],
             "grids": [list(grid) for grid in grids],
             "length": len(ids) - marks + sum(count_image_tokens(self.tokens_per_image, grids)),
             "supervised": sum(label != IGNORE for label in labels[1:]),
@@ -123,8 +128,9 @@ class Encoder:
         low, high = 1, len(starts) - 1  # rounds kept
         while low <= high:  # the length grows with the number of rounds, so bisection finds the most that fit
             middle = (low + high) // 2
-            kept = keep_rounds(sample, starts[middle])
-            row = self._make_row(kept, grids[: len(kept.images)])
+            kept = sample.messages[: starts[middle]]
+            images = sum(message.text.count(IMAGE_TOKEN) for message in kept)
+            row = self._make_row(replace(sample, messages=kept, images=sample.images[:images]), grids[:images])
             if row["length"] <= self.max_length:
                 best, low = {**row, "shortened": True, "detail": f"kept {middle} of {len(starts)} rounds"}, middle + 1
             else:
@@ -136,20 +142,6 @@ class Encoder:
             text += f"; its first round alone is over max_length {self.max_length}"
             raise SampleError("too_long", text, sample.id)
         return best
-
-
-def keep_rounds(sample: Sample, messages: int) -> Sample:
-    """The first `messages` messages of a sample, with their images."""
-    kept = sample.messages[:messages]
-    marks = sum(message.text.count(IMAGE_TOKEN) for message in kept)
-    return replace(sample, messages=kept, images=sample.images[:marks])
-
-
-def to_stored_reference(image: Reference) -> str | None:
-    """A path or URL as it is. None for an image that must be read from the record again."""
-    if isinstance(image, dict) and not image.get("bytes"):
-        image = image.get("path") or image.get("url")
-    return image if isinstance(image, str) and (is_file_reference(image) or image.startswith("http")) else None
 
 
 def encode_table(

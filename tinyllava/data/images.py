@@ -1,88 +1,94 @@
 """Images: open whatever a record holds as an upright RGB image, or raise an error that names the image.
 
-A reference is a path (searched in several folders), an http(s) or data: URL, bytes, the Hub's {"bytes", "path"}, or a
-PIL image. EXIF rotation is applied, as in transformers' `load_image`, so that training and serving see the same image.
+`references.py` lists the accepted forms. EXIF rotation is applied, as in transformers' `load_image`, so that training
+and serving see the same image. Transparent images are shown on white.
 """
 
-import base64
-import binascii
-import io
 import os
 import struct
-import urllib.error
 import urllib.request
 import warnings
 import zlib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
+from http.client import HTTPException
+from io import BufferedIOBase, BytesIO
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
 
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+import numpy as np
+from PIL import ExifTags, Image, UnidentifiedImageError
 
+from tinyllava.data.references import Reference, describe_reference, is_file_reference, resolve_reference, shorten
 from tinyllava.data.sample import SampleError
 
-if TYPE_CHECKING:
-    import torch
-
-# What a model's processor does: images, and the grids of those cut into tiles -> uint8 [views, 3, H, W]
-Pixels = Callable[..., "torch.Tensor"]
-Reference = str | bytes | dict[str, Any] | Image.Image
 SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".webp")
+# Some of Pillow's other decoders start programs (EPS) or take any file for an image (SPIDER).
+FORMATS = ("JPEG", "PNG", "GIF", "BMP", "PPM", "WEBP", "TIFF", "JPEG2000", "ICO", "TGA", "QOI", "AVIF")
 # What Pillow's decoders raise on damaged files, over all formats.
-DAMAGED = (OSError, SyntaxError, ValueError, EOFError, IndexError, OverflowError, struct.error, zlib.error)
+DAMAGED = (OSError, SyntaxError, ValueError, TypeError, EOFError, LookupError, ArithmeticError, RuntimeError)
+DAMAGED += (struct.error, zlib.error, Image.DecompressionBombError, Image.DecompressionBombWarning)
 URL_TIMEOUT = 30  # seconds
+TURNS = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # EXIF orientation -> Image.Transpose that turns it upright
+
+
+class ImageFolders(list[str]):
+    """The image folders that a user names. Records cannot name files outside of them; links inside may lead out."""
 
 
 def open_image(reference: Reference, roots: Sequence[str] = (), *, draft: tuple[int, int] | None = None) -> Image.Image:
-    """Open an image as upright RGB.
+    """Open an image as upright RGB. A PIL image is copied.
 
     draft: the smallest useful width and height in pixels. A larger JPEG is decoded at 1/2, 1/4 or 1/8 of its size, but
     never below `draft`, which is several times faster. Raises SampleError (missing_image, unreadable_image).
     """
-    if isinstance(reference, Image.Image):
-        return _to_upright_rgb(reference)
     with _open_undecoded(reference, roots) as image:
-        if draft:
-            image.draft("RGB", draft[::-1] if _is_sideways(image) else draft)
-        return _to_upright_rgb(image)
+        orientation = _read_orientation(image)
+        if draft and image is not reference:
+            image.draft("RGB", draft[::-1] if orientation > 4 else draft)
+        image.load()
+        return _to_rgb(image.transpose(TURNS[orientation]) if orientation > 1 else image)
 
 
 def read_image_size(reference: Reference, roots: Sequence[str] = ()) -> tuple[int, int]:
     """Width and height of the image that `open_image` returns, without decoding it. Raises like `open_image`."""
-    if isinstance(reference, Image.Image):
-        return reference.size[::-1] if _is_sideways(reference) else reference.size
     with _open_undecoded(reference, roots) as image:
-        return image.size[::-1] if _is_sideways(image) else image.size
+        return image.size[::-1] if _read_orientation(image) > 4 else image.size
 
 
 @contextmanager
 def _open_undecoded(reference: Reference, roots: Sequence[str]) -> Iterator[Image.Image]:
     """Open an image without decoding it. Errors of its decoder become a SampleError."""
-    name, stream = _open_stream(reference, roots)
+    name, source = describe_reference(reference), resolve_reference(reference)
+    content = _find_content(source, roots) if isinstance(source, str | bytes) else source
+    name = shorten(str(content)) if isinstance(content, Path) else name
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about odd EXIF and large images: real faults raise an error
-            with Image.open(stream) as image:
+            warnings.simplefilter("ignore")  # about odd EXIF: real faults raise an error
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with nullcontext(content) if content is source else Image.open(content, "r", FORMATS) as image:
                 yield image
-    except (*DAMAGED, Image.DecompressionBombError) as error:
-        problem = "is not an image" if isinstance(error, UnidentifiedImageError) else f"cannot be decoded ({error})"
+    except DAMAGED as error:
+        unknown = f"is not an image of a known format ({', '.join(FORMATS)})"
+        problem = unknown if isinstance(error, UnidentifiedImageError) else f"cannot be decoded ({shorten(str(error))})"
         raise SampleError("unreadable_image", f"image {name} {problem}") from None
-    finally:
-        if not isinstance(stream, Path):
-            stream.close()
 
 
-def is_file_reference(reference: object) -> bool:
-    """Whether the reference is the path of a file. Files can be checked before training starts."""
-    return isinstance(reference, str) and not reference.startswith(("http://", "https://", "data:"))
+def _find_content(source: str | bytes, roots: Sequence[str]) -> Path | BytesIO:
+    """The file of a path, or the content that bytes or a URL give."""
+    if is_file_reference(source):
+        if error := find_file_fault(source, roots):
+            raise error
+        return find_file(source, roots)
+    return BytesIO(_download(source) if isinstance(source, str) else source)
 
 
 def find_file(reference: str, roots: Sequence[str]) -> Path | None:
     """The first file called `reference` under `roots` (an absolute path, or no roots: the path itself)."""
+    may_leave = isinstance(roots, ImageFolders) and (".." in reference or os.path.isabs(reference))
+    bounds = tuple(os.path.join(os.path.abspath(root), "") for root in roots) if may_leave else ()
     for root in roots or ("",):
-        path = os.path.join(root, reference)
-        if os.path.isfile(path):
+        path = os.path.normpath(os.path.join(root, reference))  # what is checked is opened
+        if os.path.isfile(path) and (not may_leave or os.path.abspath(path).startswith(bounds)):
             return Path(path)
     return None
 
@@ -90,9 +96,10 @@ def find_file(reference: str, roots: Sequence[str]) -> Path | None:
 def find_file_fault(reference: str, roots: Sequence[str]) -> SampleError | None:
     """Why the file `reference` cannot be an image, from its directory entry alone: it is missing or has zero bytes."""
     path = find_file(reference, roots)
-    if path is None:
-        return _explain_missing(reference, roots)
-    return SampleError("unreadable_image", _explain_empty(path)) if path.stat().st_size == 0 else None
+    if path is None or path.stat().st_size > 0:
+        return _explain_missing(reference, roots) if path is None else None
+    text = f"image {shorten(str(path))} has zero bytes. Was a download or copy interrupted? Get it again"
+    return SampleError("unreadable_image", text)
 
 
 def make_blank_image() -> Image.Image:
@@ -100,81 +107,75 @@ def make_blank_image() -> Image.Image:
     return Image.new("RGB", (64, 64), (127, 127, 127))
 
 
-def _open_stream(reference: str | bytes | dict[str, Any], roots: Sequence[str]) -> tuple[str, Path | io.BytesIO]:
-    """The name of an image for messages, and the path or stream for Image.open."""
-    name = "inside the record"
-    if isinstance(reference, dict):
-        name = reference.get("path") or reference.get("url") or name
-        reference = reference.get("bytes") or reference.get("path") or reference.get("url") or b""
-    if isinstance(reference, str):
-        if not is_file_reference(reference):
-            return reference[:80], io.BytesIO(_download(reference))
-        error = find_file_fault(reference, roots)
-        if error:
-            raise error
-        path = find_file(reference, roots)
-        return str(path), path
-    if not isinstance(reference, bytes):
-        raise SampleError("unreadable_image", f"an image must be a path, URL or bytes, not {type(reference).__name__}")
-    if not reference:
-        raise SampleError("unreadable_image", _explain_empty(name))
-    return name, io.BytesIO(reference)
-
-
 def _download(url: str) -> bytes:
     try:
-        if url.startswith("data:"):
-            return base64.b64decode(url.partition(",")[2], validate=True)
         request = urllib.request.Request(url, headers={"User-Agent": "tinyllava"})
         with urllib.request.urlopen(request, timeout=URL_TIMEOUT) as response:
             return response.read()
-    except (urllib.error.URLError, TimeoutError, ValueError, binascii.Error, OSError) as error:
-        raise SampleError("unreadable_image", f"image {url[:80]} cannot be loaded ({error})") from None
+    except (OSError, ValueError, HTTPException) as error:
+        problem = f"cannot be loaded ({shorten(str(error))})"
+        raise SampleError("unreadable_image", f"image {shorten(url)} {problem}") from None
 
 
 def _explain_missing(reference: str, roots: Sequence[str]) -> SampleError:
-    where = f" under {' or '.join(map(str, roots))}" if roots and not os.path.isabs(reference) else ""
+    searched = roots if isinstance(roots, ImageFolders) or not os.path.isabs(reference) else ()
+    where = f" under {' or '.join(map(str, searched))}" if searched else ""
     # A known case: OCR-VQA's images are .jpg in the annotations and .gif or .png on disk.
     stem = os.path.splitext(reference)[0]
     similar = next((path for suffix in SUFFIXES if (path := find_file(stem + suffix, roots))), None)
     hint = f" (there is {similar})" if similar else ""
-    return SampleError("missing_image", f"image {reference} not found{where}{hint}")
+    return SampleError("missing_image", f"image {shorten(reference)} not found{where}{hint}")
 
 
-def _explain_empty(name: object) -> str:
-    return f"image {name} has zero bytes. Was a download or copy interrupted? Get it again"
+def _read_orientation(image: Image.Image) -> int:
+    """The EXIF orientation that remains to be applied: 1 (upright) to 8. Damaged EXIF counts as 1."""
+    is_late = image.format == "PNG" and "exif" not in image.info and image.fp and not _has_pixels_last(image.fp)
+    if is_late or image.format == "TIFF":  # a PNG's EXIF may follow its pixels; Pillow turns a TIFF while it decodes it
+        image.load()
+    orientation = 1
+    with suppress(*DAMAGED):
+        orientation = Image.Image.getexif(image).get(ExifTags.Base.Orientation)  # PNG's own getexif always decodes
+    return orientation if orientation in TURNS else 1
 
 
-def _is_sideways(image: Image.Image) -> bool:
-    """Whether EXIF says that the image lies on its side, so that width and height must be swapped."""
-    if image.format == "PNG" and "exif" not in image.info and _has_pixels_last(image.fp):
-        return False
-    return image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
-
-
-def _has_pixels_last(png: IO[bytes] | None) -> bool:
+def _has_pixels_last(png: BufferedIOBase) -> bool:
     """Whether a PNG ends right after its pixels. Otherwise Pillow decodes the pixels to look for EXIF after them.
 
     A PNG is an 8-byte signature and chunks: length, kind, content, checksum. IDAT chunks hold the pixels.
     """
-    if png is None:  # decoded already
-        return False
-    before, seen = png.tell(), False
+    before, kinds = png.tell(), []
     png.seek(8)
     while len(head := png.read(8)) == 8:
-        length, kind = struct.unpack(">I4s", head)
-        if seen and kind != b"IDAT":
-            break
-        seen = kind == b"IDAT"
-        png.seek(length + 4, os.SEEK_CUR)  # its content and checksum
+        kinds.append(head[4:])
+        png.seek(int.from_bytes(head[:4]) + 4, os.SEEK_CUR)  # its content and checksum
     png.seek(before)
-    return seen and head[4:] == b"IEND"
+    return kinds[-2:] == [b"IDAT", b"IEND"]
 
 
-def _to_upright_rgb(image: Image.Image) -> Image.Image:
-    image = ImageOps.exif_transpose(image)  # decodes and copies
-    if image.mode.startswith("I"):  # 16-bit greyscale: convert("RGB") would clip everything above 255 to white
-        image = image.convert("I").point(lambda value: value * (1 / 256)).convert("L")
-    elif image.mode == "P" and "transparency" in image.info:  # Pillow warns when these become RGB directly
-        image = image.convert("RGBA")
-    return image if image.mode == "RGB" else image.convert("RGB")
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith(("I", "F")):
+        image = _scale_to_grey(image)
+    if image.has_transparency_data:
+        image = image.convert("LA") if image.mode == "La" else image  # which becomes nothing else directly
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    return image.convert("RGB")
+
+
+def _scale_to_grey(image: Image.Image) -> Image.Image:
+    """An image of 16-bit, 32-bit or float values with 8 bits, so that it is neither black nor white.
+
+    Values from 0 to 65535 are a picture of as many bits as the highest needs: 12 bits in a 16-bit file are usual.
+    Floats from 0 to 1 are taken as they are. All others are stretched from the lowest to the highest.
+    """
+    values = np.asarray(image).astype(np.float64)
+    low, high = values.min(), values.max()
+    if not np.isfinite([low, high]).all():
+        raise ValueError("it has NaN or infinite values")
+    if image.mode != "F" and low >= 0 and high < 2**16:
+        low, high = 0, max(1, 2 ** int(high).bit_length() - 1)
+    elif low >= 0 and 0.5 <= high <= 1:
+        low, high = 0, 1
+    scaled = (values - low) / (high - low) if high > low else np.full_like(values, 0.5)
+    if isinstance(image.info.get("transparency"), int):
+        scaled[values == image.info["transparency"]] = 1  # white
+    return Image.fromarray(np.rint(scaled * 255).astype(np.uint8))

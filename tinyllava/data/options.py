@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tinyllava.data.images import Pixels
+from tinyllava.data.collate import Pixels
 from tinyllava.data.template import Template
 from tinyllava.data.tiles import Tiles
 
@@ -22,6 +22,8 @@ class DataOptions:
     pixels: Pixels
     # Positions of the longest sample, with image tokens. A longer sample loses whole rounds from its end.
     max_length: int
+    # Which answers are learned: "all" that no flag excludes, or only the "last" turn of each conversation.
+    supervised_turns: str = "all"
     # "error" raises UserError with counts and first ids; "skip" drops bad samples and counts them in `bad_records`.
     on_bad_sample: str = "error"
     # Decides which records a fractional weight draws, and the order of a stream.

@@ -7,6 +7,7 @@ each turn is rendered too, and shows where the answer begins.
 
 import re
 from dataclasses import dataclass, replace
+from itertools import compress
 from typing import Any
 
 from jinja2 import TemplateError, TemplateSyntaxError
@@ -66,6 +67,15 @@ class ChatFormat:
                 raise SampleError("template", reason, sample.id)
             spans.append((len(prompt), end + len(self.end_of_turn)))
         return spans
+
+
+def select_learned(sample: Sample, spans: list[Span]) -> list[Span]:
+    """The spans of the answers that are learned. Raises SampleError if the template wrote no span for an answer."""
+    learned = [message.learned for message in sample.messages if message.role == "assistant"]
+    if not all(learned) and len(spans) != len(learned):
+        reason = f"it marks {len(spans)} of {len(learned)} answers, so flags of turns cannot be honoured. {REMEDY}"
+        raise SampleError("template", reason, sample.id)
+    return spans if all(learned) else list(compress(spans, learned))
 
 
 def render_jinja(

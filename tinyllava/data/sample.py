@@ -2,11 +2,17 @@
 
 `<image>` in a message's text marks an image, and the n-th mark is the n-th of `Sample.images`. Pure Python.
 
+A record may say more than a conversation with images: flags that exclude a turn, a video, tools. Reading it honours
+that or raises a SampleError with a kind of its own. Keys that do not change what is learned (source, license) are not
+read.
+
     Sample.from_llava({"id": "7", "image": "7.jpg", "conversations": [{"from": "human", "value": ...}, ...]})
     Sample.from_messages({"messages": [{"role": "user", "content": [{"type": "image", "url": "7.jpg"}, ...]}, ...]})
 """
 
+import reprlib
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any
 
 from tinyllava.errors import UserError
@@ -15,8 +21,35 @@ IMAGE_TOKEN = "<image>"
 # The text for an image that is a part of a message's content. LLaVA writes an image before its question like this, and
 # so do our templates.
 IMAGE_PART = IMAGE_TOKEN + "\n"
-ROLES = {"human": "user", "gpt": "assistant"}  # LLaVA's names; system, user and assistant are understood as they are
-IMAGE_KEYS = ("image", "url", "path", "image_url")  # keys under which an image part may hold its image
+# LLaVA's names, and those of tools. system, user and assistant are understood as they are.
+ROLES = {"human": "user", "gpt": "assistant", "function": "tool", "function_call": "tool", "observation": "tool"}
+BOX_MARKS = ("<bbox>", "<ref-object>")  # in a text, for the `objects` of its record (ms-swift)
+SYSTEM_KEYS = ("system", "system_prompt", "system_message")  # keys of a record that hold its system message
+# Keys of a turn, or of a whole record, that say whether it is learned. OpenAI, Mistral and OpenChat write `weight`,
+# Axolotl `train` and `training`, ms-swift `loss`, verl `loss_mask`. The value 1 of the others means "not learned".
+# `train_detail` is a list of characters (Axolotl): always an error. `kto_tag` is false for an undesirable answer.
+LEARNED_KEYS = """weight loss_weight loss_scale loss_mask loss compute_loss calculate_loss include_in_loss train
+    training train_detail trainable is_trainable train_on_turn learn learnable supervised is_supervised kto_tag"""
+NOT_LEARNED_KEYS = "mask masked is_masked mask_loss ignore ignored ignore_loss no_loss skip_loss exclude_loss no_train"
+FLAGS = dict.fromkeys(LEARNED_KEYS.split(), True) | dict.fromkeys(NOT_LEARNED_KEYS.split(), False)
+FLAG_VALUES = dict.fromkeys(("1", "1.0", "true", "yes", "on"), True)
+FLAG_VALUES |= dict.fromkeys(("0", "0.0", "false", "no", "off"), False)
+EMPTY = ("", "none", "null", "nan", "[]", "{}")  # cells of tables that say nothing
+FLAG_VALUES |= dict.fromkeys(EMPTY, None)
+# What says more than text and images: the kind under which a record is counted -> keys of a record or a turn.
+UNSUPPORTED = {
+    "unsupported_video": "video videos video_path video_paths video_file video_files video_url video_urls",
+    "unsupported_audio": "audio audios audio_path audio_paths audio_file audio_url audio_urls speech sound sounds",
+    "unsupported_tool": "tools functions tool_calls function_call",
+    "unsupported_preference": "chosen rejected rejected_response rejected_messages",
+    "unsupported_text": "history documents reasoning_content thinking chat_template_kwargs",
+}
+KIND_OF_KEY = {key: kind for kind, keys in UNSUPPORTED.items() for key in keys.split()}
+# Keys whose images are not read. Beside images that are read, they are only where those come from.
+UNREAD_IMAGES = dict.fromkeys(("image_path", "image_paths", "image_file", "image_url", "img"), "unsupported_image_key")
+WORDS = ("video", "audio", "file", "tool")  # in the type of a part and in the role of a turn: a kind for each
+# Keys under which a dict may hold its image: `datasets`, transformers, OpenAI and Anthropic.
+IMAGE_KEYS = ("bytes", "image", "image_url", "url", "path", "source", "base64", "data")
 
 
 class SampleError(UserError):
@@ -32,15 +65,19 @@ class SampleError(UserError):
 
 @dataclass
 class Message:
-    """One turn: its role (system, user or assistant), and its text with `<image>` in the place of each image."""
+    """One turn: its role (system, user or assistant), and its text with `<image>` in the place of each image.
+
+    learned: whether an answer is supervised in training. If it is not, it is only context for the next turns.
+    """
 
     role: str
     text: str
+    learned: bool = True
 
 
 @dataclass
 class Sample:
-    """A conversation and its images, in order: paths, URLs, bytes, `{"bytes", "path"}` or PIL images."""
+    """A conversation and its images, in order and in any of the forms of references.py."""
 
     messages: list[Message]
     images: list[Any] = field(default_factory=list)
@@ -49,12 +86,7 @@ class Sample:
     @classmethod
     def from_llava(cls, record: dict[str, Any]) -> "Sample":
         """From `{"id", "image": str | list | None, "conversations": [{"from": human|gpt|system, "value"}]}`."""
-        sample_id = _find_id(record)
-        turns = _find_turns(record, "conversations", "value", sample_id)
-        messages = [
-            Message(_read_role(turn.get("from"), sample_id), _read_text(turn.get("value"), sample_id)) for turn in turns
-        ]
-        return cls(messages, _list_images(record), sample_id)
+        return cls._from_turns(record, "conversations", "from", "value")
 
     @classmethod
     def from_messages(cls, record: dict[str, Any]) -> "Sample":
@@ -63,17 +95,32 @@ class Sample:
         Parts are `{"type": "text", "text"}` and `{"type": "image", ...}`. An image part that holds no image, and every
         `<image>` in a text, takes the next image of `images`.
         """
-        sample_id = _find_id(record)
-        messages, images, waiting = [], [], _list_images(record)
-        for turn in _find_turns(record, "messages", "content", sample_id):
-            text, content = "", turn.get("content")
-            for part in content if isinstance(content, list | tuple) else [{"type": "text", "text": content}]:
+        return cls._from_turns(record, "messages", "role", "content")
+
+    @classmethod
+    def _from_turns(cls, record: dict[str, Any], key: str, role_key: str, text_key: str) -> "Sample":
+        """Read both conventions. A system message beside the turns becomes the first turn."""
+        sample_id = "" if record.get("id") is None else str(record["id"])
+        _refuse_unsupported(record, sample_id)
+        messages, images, waiting = [], [], _list_images(record, sample_id)
+        turns = _find_turns(record, key, text_key, sample_id)
+        systems = [record[key] for key in SYSTEM_KEYS if not _is_empty(record.get(key))]
+        turns = [{role_key: "system", text_key: text} for text in systems] + turns
+        default = _read_flag(record, "record", sample_id)
+        for turn in turns:
+            role, text, content = _read_role(turn.get(role_key), sample_id), "", turn.get(text_key)
+            parts = content if isinstance(content, list | tuple) else [{"type": "text", "text": content}]
+            for part in parts:
                 piece, embedded = _read_part(part, sample_id)
                 taken = 0 if embedded else piece.count(IMAGE_TOKEN)
                 images += embedded or waiting[:taken]
                 waiting, text = waiting[taken:], text + piece
-            messages.append(Message(_read_role(turn.get("role"), sample_id), text))
-        return cls(messages, images + waiting, sample_id)
+            messages.append(Message(role, text, _is_learned(turn, parts, role, default, sample_id)))
+        if not _is_empty(record.get("objects")) and any(mark in turn.text for turn in messages for mark in BOX_MARKS):
+            text = f"its text has {' or '.join(BOX_MARKS)}, but its `objects` are not read. Write the boxes as text"
+            raise SampleError("unsupported_boxes", text, sample_id)
+        _refuse_unsupported(record, sample_id, {} if images or waiting else UNREAD_IMAGES)
+        return cls(_merge_turns(messages), images + waiting, sample_id)
 
     def to_messages(self, parts: bool = False) -> list[dict[str, Any]]:
         """The messages for a chat template: `[{"role", "content"}]` with `<image>` in the text, or with `parts`."""
@@ -97,7 +144,9 @@ class Sample:
         for at, message in enumerate(turns):
             expected = ("user", "assistant")[at % 2]
             if message.role != expected:
-                text = f"turn {at + 1} has the role '{message.role}', expected '{expected}'"
+                apart = at and turns[at - 1].learned != message.learned
+                reason = ": two answers in a row are joined only if both are learned, or neither" if apart else ""
+                text = f"turn {at + 1} has the role '{message.role}', expected '{expected}'{reason}"
                 raise SampleError("turn_order", text, self.id)
             if message.role == "assistant" and IMAGE_TOKEN in message.text:
                 raise SampleError("placeholders", f"an answer holds {IMAGE_TOKEN}; only a question can", self.id)
@@ -106,14 +155,87 @@ class Sample:
             raise SampleError("turn_order", f"it ends with a turn of the {turns[-1].role}, expected {wanted}", self.id)
 
 
-def _find_id(record: dict[str, Any]) -> str:
-    return "" if record.get("id") is None else str(record["id"])
+def _is_empty(value: Any) -> bool:
+    """Whether a cell holds nothing: null, NaN, false or "", or a list or mapping of such values."""
+    if isinstance(value, dict | list | tuple):
+        return all(map(_is_empty, value.values() if isinstance(value, dict) else value))
+    return not value if isinstance(value, bytes) else str(value).strip().lower() in (*EMPTY, "false")
 
 
-def _list_images(record: dict[str, Any]) -> list[Any]:
-    """The record's own images: `image` or `images`, one or a list."""
-    images = record.get("images") or record.get("image") or []
-    return list(images) if isinstance(images, list | tuple) else [images]
+def unwrap_image(reference: Any) -> Any:
+    """The image that a dict holds, at any depth; None if it holds none. All other references are returned unchanged."""
+    while isinstance(reference, dict):
+        key = next((key for key in IMAGE_KEYS if not _is_empty(reference.get(key))), None)
+        reference = reference.get(key)
+        if key in ("base64", "data") and isinstance(reference, str) and not reference.startswith("data:"):
+            reference = f"data:;base64,{reference}"  # never a path
+    return reference
+
+
+def _list_images(record: dict[str, Any], sample_id: str) -> list[Any]:
+    """The record's own images: `image` or `images`, one or a list. Empty cells stand for no image."""
+    cells = [record.get(key) for key in ("image", "images")]
+    lists = [cell if isinstance(cell, list | tuple) else [cell] for cell in cells]
+    image, images = ([image for image in each if not _is_empty(image)] for each in lists)
+    if image and images and image != images:
+        text = f"its `image` {reprlib.repr(image):.80} and `images` {reprlib.repr(images):.80} differ. Remove one"
+        raise SampleError("contradiction", text, sample_id)
+    return image or images
+
+
+def _refuse_unsupported(holder: dict[str, Any], sample_id: str, kinds: dict[str, str] = KIND_OF_KEY) -> None:
+    """Raise SampleError if a record, a turn or a part holds a video, tools, or anything else that is not read."""
+    for key in sorted(holder.keys() & kinds.keys()):
+        if not _is_empty(holder[key]):
+            text = f"its '{key}' ({reprlib.repr(holder[key]):.80}) is not supported. Remove the key or the record"
+            raise SampleError(kinds[key], text, sample_id)
+
+
+def _find_kind(name: Any, otherwise: str) -> str:
+    """The kind for the type of a part, or for the role of a turn, that is not read."""
+    return next((f"unsupported_{word}" for word in WORDS if word in str(name)), otherwise)
+
+
+def _read_flag(holder: dict[str, Any], name: str, sample_id: str) -> bool | None:
+    """Whether all flags of a turn or a part (`name`: its role) or of the record say "learned"; None without flags."""
+    flags = []
+    for key in sorted(holder.keys() & FLAGS.keys()):
+        value, shown = str(holder[key]).strip().lower(), f"`{key}: {reprlib.repr(holder[key]):.80}` of the {name}"
+        if value not in FLAG_VALUES and (name, key) != ("record", "mask"):  # that may be the mask of its image
+            text = f"{shown} is neither 0 (not learned) nor 1 (learned). Change it, or remove it"
+            raise SampleError("unsupported_weight", text, sample_id)
+        flag = FLAG_VALUES.get(value)
+        flags += [] if flag is None else [flag == FLAGS[key]]
+        # A weight of 1 is often there for every turn, and changes nothing.
+        if name in ("user", "system") and flag and FLAGS[key] and "weight" not in key:
+            text = f"{shown} asks to learn it, but only answers are learned. Remove it"
+            raise SampleError("unsupported_weight", text, sample_id)
+    return all(flags) if flags else None
+
+
+def _is_learned(turn: dict, parts: list[dict], role: str, default: bool | None, sample_id: str) -> bool:
+    """Whether a turn is learned: by its own flags and those of its parts, or else by the flag of its record."""
+    flags = {_read_flag(part, role, sample_id) for part in parts}
+    if len(flags) > 1:
+        text = f"parts of the {role}'s content have different flags. Give one flag to the whole turn"
+        raise SampleError("unsupported_weight", text, sample_id)
+    flags = (flags | {_read_flag(turn, role, sample_id)}) - {None}
+    return role != "assistant" or all(flags or {default is not False})
+
+
+def _merge_turns(messages: list[Message]) -> list[Message]:
+    """Join turns of the same role in a row with a line break, because the chat templates of many LLMs refuse them.
+
+    A system message that is given twice is kept once. Answers of which only some are learned cannot be joined, and
+    `Sample.check` refuses them.
+    """
+    merged = []
+    for (role, learned), turns in groupby(messages, lambda message: (message.role, message.learned)):
+        texts = [turn.text for turn in turns]
+        *texts, last = dict.fromkeys(texts) if role == "system" else texts
+        lines = (text if text.endswith("\n") or not text else f"{text}\n" for text in texts)
+        merged.append(Message(role, "".join(lines) + last, learned))
+    return merged
 
 
 def _find_turns(record: dict[str, Any], key: str, text_key: str, sample_id: str) -> list[dict[str, Any]]:
@@ -121,6 +243,11 @@ def _find_turns(record: dict[str, Any], key: str, text_key: str, sample_id: str)
     turns = record.get(key)
     if not isinstance(turns, list | tuple) or not turns or not all(isinstance(turn, dict) for turn in turns):
         raise SampleError("no_conversation", f"its '{key}' is not a list of turns", sample_id)
+    for turn in turns:
+        _refuse_unsupported(turn, sample_id)
+        if turn.keys() & {"image", "images"} and _list_images(turn, sample_id):
+            text = "a turn has images of its own: list them in the record's `images`, with <image> in the text"
+            raise SampleError("placeholders", text, sample_id)
     last = turns[-1]
     is_open = last.get(text_key) is None and (last.get("from") or last.get("role")) in ("gpt", "assistant")
     return list(turns[:-1] if is_open else turns)
@@ -129,13 +256,14 @@ def _find_turns(record: dict[str, Any], key: str, text_key: str, sample_id: str)
 def _read_part(part: Any, sample_id: str) -> tuple[str, list[Any]]:
     """The text for one part of a message's content, and a list with the image that the part holds, if any."""
     kind = part.get("type") if isinstance(part, dict) else type(part).__name__
-    if kind == "text":
+    if isinstance(part, dict):
+        _refuse_unsupported(part, sample_id)
+    if kind in ("text", "input_text", "output_text"):
         return _read_text(part.get("text"), sample_id), []
-    if kind not in ("image", "image_url"):
-        raise SampleError("placeholders", f"content of type '{kind}' is neither text nor image", sample_id)
-    image = next((part[key] for key in IMAGE_KEYS if part.get(key) is not None), None)
-    if isinstance(image, dict) and image.get("url"):
-        image = image["url"]
+    if kind not in ("image", "image_url", "input_image"):
+        text = f"content of type {reprlib.repr(kind):.80} is neither text nor image"
+        raise SampleError(_find_kind(kind, "placeholders"), text, sample_id)
+    image = unwrap_image(part)
     return IMAGE_PART, [] if image is None else [image]
 
 
@@ -151,8 +279,8 @@ def _split_parts(text: str) -> list[dict[str, str]]:
 def _read_role(name: Any, sample_id: str) -> str:
     role = ROLES.get(name, name) if isinstance(name, str) else None
     if role not in ("system", "user", "assistant"):
-        known = "human, gpt, system, user or assistant"
-        raise SampleError("turn_order", f"a turn has the role {name!r}, expected {known}", sample_id)
+        text = f"a turn has the role {reprlib.repr(name):.80}, expected human, gpt, system, user or assistant"
+        raise SampleError(_find_kind(role, "turn_order"), text, sample_id)
     return role
 
 

@@ -11,7 +11,8 @@ import numpy as np
 import pyarrow.compute as pc
 
 from tinyllava.data.bad_records import SHORTENED, BadRecords
-from tinyllava.data.images import find_file_fault, is_file_reference
+from tinyllava.data.images import find_file_fault
+from tinyllava.data.references import is_file_reference
 from tinyllava.data.sample import SampleError
 from tinyllava.data.sources import Source
 

@@ -1,5 +1,6 @@
 """Special tokens of a tokenizer: `<image>`, BOS, and the space that some tokenizers put before a text."""
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -13,6 +14,26 @@ def add_image_token(tokenizer: Any) -> int:
     """Make `<image>` one special token and return its id. Embeddings without a row for this id must be resized."""
     tokenizer.add_tokens([AddedToken(IMAGE_TOKEN, special=True, normalized=False)], special_tokens=True)
     return image_token_id(tokenizer)
+
+
+def add_own_tokens(tokenizer: Any, tokens: Sequence[str]) -> list[int]:
+    """Add a recipe's own tokens, such as `<loc_1>`, and return the ids of those that the tokenizer did not have.
+
+    They are part of answers. So they are not `special`: decoding would leave them out. Raises UserError for a text that
+    cannot be such a token, or already is another one.
+    """
+    added = {token.content: token for token in tokenizer.added_tokens_decoder.values()}
+    for token in tokens:
+        if token != token.strip() or not token or IMAGE_TOKEN in token or tokens.count(token) > 1:
+            reason = f"each is listed once, with no spaces around it and no {IMAGE_TOKEN} in it"
+        elif added[token].special if token in added else has_token(tokenizer, token):
+            reason = "the tokenizer has this token already"
+        else:
+            continue
+        raise UserError(f"model.add_tokens: cannot add {token!r}: {reason}.")
+    new = [token for token in tokens if token not in added]
+    tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in new])
+    return tokenizer.convert_tokens_to_ids(new)
 
 
 def image_token_id(tokenizer: Any) -> int:

@@ -41,8 +41,9 @@ class StreamingDataset(torch.utils.data.IterableDataset):
         self.encoder, self.pixels, self.draft = encoder, options.pixels, options.draft
         self.on_bad_sample, self.seed = options.on_bad_sample, options.seed
         self.bad_records = BadRecords()
+        common = {"streaming": True, "tokenised": encoder.hash_options()}  # what decides the tokens of a record
         self.sources = [
-            {"path": spec.path, "fingerprint": source.fingerprint, "weight": spec.weight, "streaming": True}
+            {"path": spec.path, "fingerprint": source.fingerprint, "files": source.key, "weight": spec.weight, **common}
             for spec, source in zip(specs, origins, strict=True)
         ]
 

@@ -20,7 +20,7 @@ from typing import Any
 from tinyllava.config import NATIVE_TEMPLATE
 from tinyllava.data.fit import compare_ids, find_format, use_known_end, write_probe
 from tinyllava.data.labels import Span, mask
-from tinyllava.data.rendering import OURS, ChatFormat, render_jinja
+from tinyllava.data.rendering import OURS, ChatFormat, render_jinja, select_learned
 from tinyllava.data.sample import IMAGE_PART, IMAGE_TOKEN, Message, Sample
 from tinyllava.data.special_tokens import add_image_token as add_image_token
 from tinyllava.data.special_tokens import image_token_id, require_fast, swallows_space
@@ -42,14 +42,15 @@ class BoundTemplate:
     def encode(self, sample: Sample) -> dict[str, list[int]]:
         """`input_ids` with one `<image>` id per image, and `labels`: the id where the model must produce it, else -100.
 
-        It does not look at the images: `adapt(sample).check()` compares their number with the text. Raises SampleError
-        for turns in the wrong order, and for a last question without an answer.
+        Answers that are not learned have no labels. It does not look at the images: `adapt(sample).check()` compares
+        their number with the text. Raises SampleError for turns in the wrong order, and for a last question without an
+        answer.
         """
         sample = self.template.adapt(sample)
         sample.check_turns()
         text, spans = self.template.render(sample, self.tokenizer)
         ids, offsets = self.template.tokenize(text, self.tokenizer)
-        return {"input_ids": ids, "labels": mask(ids, offsets, spans)}
+        return {"input_ids": ids, "labels": mask(ids, offsets, select_learned(sample, spans))}
 
     def encode_prompt(self, sample: Sample) -> dict[str, Any]:
         """`input_ids` and `text` of the prompt, up to the answer. An answer at the end of the sample is left out."""

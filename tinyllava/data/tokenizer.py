@@ -1,7 +1,7 @@
 """Train a tokenizer on training data, for an LLM that starts from random weights and has none of its own."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import islice
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -13,10 +13,13 @@ from tinyllava.data.template import Template
 MOST_SAMPLES = 20_000  # enough for a small vocabulary; they take a few seconds to render
 
 
-def train_tokenizer(template: Template, samples: Iterable[Sample], vocab_size: int) -> PreTrainedTokenizerFast:
+def train_tokenizer(
+    template: Template, samples: Iterable[Sample], vocab_size: int, own_tokens: Sequence[str] = ()
+) -> PreTrainedTokenizerFast:
     """Train a byte-level BPE of at most `vocab_size` entries on the samples as `template` writes them.
 
-    Every byte is in its alphabet, so it can encode any text.
+    Every byte is in its alphabet, so it can encode any text. own_tokens: will be added later, so nothing is learned
+    from them.
     """
     specials = ["<s>", "</s>", "<pad>", IMAGE_TOKEN]
     tokenizer = Tokenizer(models.BPE())
@@ -28,8 +31,8 @@ def train_tokenizer(template: Template, samples: Iterable[Sample], vocab_size: i
     tokenizer.train_from_iterator([], trainers.BpeTrainer(vocab_size=len(specials) + 256, **kwargs))
     bytes_only = _wrap(tokenizer)
     rendered = (template.render(sample, bytes_only)[0] for sample in islice(samples, MOST_SAMPLES))
-    # Special tokens are cut out of the texts: they must not become parts of other entries.
-    pattern = re.compile("|".join(map(re.escape, specials)))
+    # These tokens are cut out of the texts: they must not become parts of other entries.
+    pattern = re.compile("|".join(map(re.escape, [*specials, *own_tokens])))
     texts = (piece for text in rendered for piece in pattern.split(text) if piece)
     tokenizer.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=vocab_size, **kwargs))
     return _wrap(tokenizer)

@@ -113,8 +113,8 @@ def translate_generation(kwargs: dict[str, Any]) -> dict[str, Any]:
     options = {"max_new_tokens": kwargs.get("max_new_tokens", 1024)}
     if (kwargs.get("num_beams") or 1) > 1:
         options["num_beams"] = kwargs["num_beams"]
-    if kwargs.get("do_sample") and kwargs.get("temperature"):
-        options |= {name: kwargs[name] for name in ("temperature", "top_p", "top_k") if kwargs.get(name)}
+    if kwargs.get("do_sample") and kwargs.get("temperature") != 0:
+        options |= {name: kwargs[name] for name in ("do_sample", "temperature", "top_p", "top_k") if kwargs.get(name)}
     return options
 
 

@@ -23,7 +23,9 @@ from pathlib import Path
 from typing import Any
 
 from tinyllava.cache import digest
+from tinyllava.checkpoint import legacy_peft
 from tinyllava.data.images import find_file_fault
+from tinyllava.data.references import is_file_reference
 from tinyllava.errors import UserError
 from tinyllava.eval.answers import Answers, claim_folder
 from tinyllava.eval.ask import ask_questions, pick_evenly, to_sample
@@ -81,9 +83,12 @@ def describe_conditions(session: Session) -> dict[str, Any]:
 def hash_checkpoint(directory: Path) -> str:
     """A hash of a checkpoint's weights, config, tokenizer and image processor. Its path does not change it."""
     hasher = hashlib.sha256()
+    if legacy_peft.stands_alone(directory):
+        hasher.update(hash_checkpoint(legacy_peft.find_base(directory)).encode())
     names = ("config.json", "tokenizer.json", "processor_config.json", "preprocessor_config.json")
     for path in sorted(directory.iterdir()):
-        if path.suffix in (".safetensors", ".model") or path.name in names:
+        is_pickled = path.suffix == ".bin" and path.name.startswith(("pytorch_model", "adapter_model"))
+        if path.suffix in (".safetensors", ".model") or path.name in names or is_pickled:
             hasher.update(path.name.encode())
             with path.open("rb") as file:
                 hasher.update(hashlib.file_digest(file, "sha256").digest())
@@ -166,6 +171,6 @@ class Job:
 def check_images(name: str, questions: Sequence[Question]) -> None:
     """Raise UserError if images of the questions cannot be read. The error has their number and the first of them."""
     images = dict.fromkeys(image for question in questions for image in question.images)
-    errors = [error for image in images if (error := find_file_fault(image, ()))]
+    errors = [error for image in images if is_file_reference(image) and (error := find_file_fault(image, ()))]
     if errors:
         raise UserError(f"{name}: {len(errors)} of its {len(images)} images cannot be read: {errors[0]}.")

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 from tinyllava.errors import UserError
 from tinyllava.eval.benchmarks import Answer, Benchmark, Pair, Question, Root, hash_questions, to_answer_fields
-from tinyllava.eval.benchmarks._files import read_json_file
 from tinyllava.eval.tasks import Task, find_task
 
 ID_FIELDS = ("question_id", "questionId", "id")  # ours and LLaVA's, GQA's, MMMU's
@@ -40,7 +39,7 @@ def score_answers(
     questions = task.benchmark.references(root)
     if not questions:
         raise UserError(f"{task.name} has no questions: nothing was found in {root}. Check --data.")
-    records, broken_lines = read_answers_file(Path(answers))
+    records, questions, broken_lines = read_answers_file(Path(answers), task.benchmark, questions)
     try:
         pairs, counts, examples = match_answers(task.benchmark, questions, records)
     except UserError as error:  # the benchmark's `key` found no question in a prompt
@@ -67,22 +66,30 @@ def _count_problem(name: str, count: int, examples: list[str]) -> str:
     return f"{count} {name} ({', '.join(examples[:FIRST])}{more})"
 
 
-def read_answers_file(path: Path) -> tuple[list[Answer], list[int]]:
-    """The answer records in `path`, each with its `line`, and the numbers of the lines that are not JSON.
+class AnswersFile(NamedTuple):
+    """The content of an answers file: records with their `line`, the questions it is for, and lines without JSON."""
 
-    `path` is a file of JSON lines {question_id, text, prompt}; or an official results file, which is a list of records
-    or an object id -> answer; or MMMU's folder with SUBJECT/output.json. A killed script leaves an incomplete line.
+    records: list[Answer]
+    questions: list[Question]
+    broken_lines: list[int]
+
+
+def read_answers_file(path: Path, benchmark: Benchmark, questions: list[Question]) -> AnswersFile:
+    """Read `path`, which has the form of the benchmark's official tool, or one of these forms.
+
+    A file of JSON lines {question_id, text, prompt}, a list of such records, or an object id -> answer. The names of
+    other projects for these fields are known. A killed script leaves an incomplete line.
     """
     if not path.exists():
         raise UserError(f"there is no answers file {path}.")
+    official = benchmark.read_official(path, questions)
+    if official is not None:
+        records = [_to_answer(raw, path, number) for number, raw in enumerate(official.records, start=1)]
+        return AnswersFile(records, official.questions, [])
     if path.is_dir():
-        files = sorted(path.glob("*/output.json"))
-        if not files:
-            raise UserError(
-                f"{path} is a folder without SUBJECT/output.json. Give an answers file, or MMMU's folder of answers."
-            )
-        numbered_by_file = {file: enumerate(read_json_file(file), start=1) for file in files}
-        return [_to_answer(raw, file, line) for file, lines in numbered_by_file.items() for line, raw in lines], []
+        raise UserError(
+            f"{path} is a folder. Give an answers file, or the folder of {benchmark.title}'s official tool."
+        )
     data = path.read_bytes()  # bytes, decoded line by line, because a kill can cut inside a character
     numbered: list[tuple[int, Any]] = []
     broken_lines: list[int] = []
@@ -97,7 +104,7 @@ def read_answers_file(path: Path) -> tuple[list[Answer], list[int]]:
                 numbered += [(number, json.loads(line))] if line.strip() else []
             except ValueError:
                 broken_lines.append(number)
-    return [_to_answer(raw, path, number) for number, raw in numbered], broken_lines
+    return AnswersFile([_to_answer(raw, path, number) for number, raw in numbered], questions, broken_lines)
 
 
 def _to_answer(raw: Any, path: Path, line: int) -> Answer:

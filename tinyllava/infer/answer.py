@@ -8,9 +8,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers import StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
+from tinyllava.data.fit import PROBE
+from tinyllava.generation import Decoding
 from tinyllava.model.vlm import VLM
 
 
@@ -20,36 +22,54 @@ class AnswerReader(NamedTuple):
     tokenizer: Any
     end_ids: frozenset[int]  # any of them ends an answer: the LLM's, the tokenizer's and the template's
     end_text: str  # the template's end of turn if it is not one token (a line break), else empty
+    stop_texts: tuple[str, ...] = ()  # they end an answer too, and are not part of it
+    control_ids: frozenset[int] = frozenset()  # left out of answers: what the chat format and the tokenizer write
 
     @classmethod
     def from_vlm(cls, vlm: VLM) -> "AnswerReader":
         """The reader for the answers of a model."""
         tokenizer, eos = vlm.tokenizer, vlm.model.generation_config.eos_token_id
         ids = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
+        text, _ = vlm.template.render(vlm.template.adapt(PROBE), tokenizer)
+        named = {getattr(tokenizer, name) for name in tokenizer.SPECIAL_TOKENS_ATTRIBUTES}
+        # Other special tokens are content: `<|box_start|>` of Qwen2-VL, `<loc0001>` of PaliGemma.
+        added = tokenizer.added_tokens_decoder.items()
+        control = {id_ for id_, one in added if one.special and (one.content in named or one.content in text)}
         end = vlm.template.get_end_of_turn(tokenizer)
         if end in tokenizer.get_added_vocab():
-            return cls(tokenizer, frozenset({*ids, tokenizer.convert_tokens_to_ids(end)}), "")
-        return cls(tokenizer, frozenset(ids), end)
+            ids, end = {*ids, tokenizer.convert_tokens_to_ids(end)}, ""
+        return cls(tokenizer, frozenset(ids), end, control_ids=frozenset(control))
+
+    def add_ends(self, decoding: Decoding) -> "AnswerReader":
+        """A reader for which the ends of one call end an answer too."""
+        return self._replace(end_ids=self.end_ids | decoding.end_ids, stop_texts=decoding.stop_texts)
+
+    @property
+    def end_texts(self) -> list[str]:
+        """All texts that end an answer."""
+        return [text for text in (self.end_text, *self.stop_texts) if text]
 
     def has_ended(self, ids: list[int]) -> bool:
         """Whether the last of these ids ends the answer."""
-        if ids[-1] in self.end_ids or not self.end_text:
+        if ids[-1] in self.end_ids or not self.end_texts:
             return ids[-1] in self.end_ids
-        tail = ids[-4 * len(self.end_text) :]  # a character has up to four bytes, and each can be a token
-        return self.end_text in self.tokenizer.decode(tail, clean_up_tokenization_spaces=False)
+        tail = ids[-4 * max(map(len, self.end_texts)) :]  # a character has up to four bytes, and each can be a token
+        text = self.tokenizer.decode(tail, clean_up_tokenization_spaces=False)
+        return any(end in text for end in self.end_texts)
 
     def decode(self, ids: list[int]) -> str:
         """The answer up to its end, without spaces around it."""
         end = next((at for at, token in enumerate(ids) if token in self.end_ids), len(ids))
-        text = self.tokenizer.decode(ids[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return (text.partition(self.end_text)[0] if self.end_text else text).strip()
+        kept = [token for token in ids[:end] if token not in self.control_ids]
+        text = self.tokenizer.decode(kept, clean_up_tokenization_spaces=False)
+        return min((text.partition(end)[0] for end in self.end_texts), key=len, default=text).strip()
 
     def decode_settled(self, ids: list[int]) -> str:
-        """The text so far, without an end that the next token may change: half a character, a part of `end_text`."""
+        """The text so far, without an end that the next token may change: half a character, a part of an end text."""
         text = self.decode(ids).rstrip("\ufffd")
-        # How many characters at the end of the text may be the start of `end_text`, the most first.
-        sizes = (size for size in range(len(self.end_text) - 1, 0, -1) if text.endswith(self.end_text[:size]))
-        return text[: len(text) - next(sizes, 0)].rstrip()
+        # How many characters at the end of the text may be the start of an end text.
+        held = (size for end in self.end_texts for size in range(1, len(end)) if text.endswith(end[:size]))
+        return text[: len(text) - max(held, default=0)].rstrip()
 
     def stream_text(self, tokens: Iterator[int]) -> Iterator[str]:
         """The answer in pieces while its ids arrive. Joined, the pieces are what `decode` returns."""
@@ -75,7 +95,7 @@ def stream_ids(generate: Callable[..., Any]) -> Iterator[int]:
 
     def work() -> None:
         try:
-            generate(streamer=_QueueStreamer(ids), stopping_criteria=StoppingCriteriaList([_StopWhenClosed(is_closed)]))
+            generate(streamer=_QueueStreamer(ids), stopping_criteria=[StopWhen(lambda _: is_closed.is_set())])
         finally:
             ids.put(None)
 
@@ -97,18 +117,18 @@ class _QueueStreamer(BaseStreamer):
 
     def put(self, value: Tensor) -> None:
         if not self.is_prompt:
-            self.ids.put(int(value[0]))
+            self.ids.put(int(value))
         self.is_prompt = False
 
     def end(self) -> None:
         """Do nothing: `generate` may still raise an error, so `work` marks the end."""
 
 
-class _StopWhenClosed(StoppingCriteria):
-    """Stops generation when its reader has closed the iterator."""
+class StopWhen(StoppingCriteria):
+    """Stops a row of `generate` when `has_ended` is true of its ids, which begin with the prompt."""
 
-    def __init__(self, is_closed: threading.Event) -> None:
-        self.is_closed = is_closed
+    def __init__(self, has_ended: Callable[[list[int]], bool]) -> None:
+        self.has_ended = has_ended
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
-        return torch.full((len(input_ids),), self.is_closed.is_set(), dtype=torch.bool, device=input_ids.device)
+        return torch.tensor([self.has_ended(row) for row in input_ids.tolist()], device=input_ids.device)

@@ -10,11 +10,13 @@ Shapes: B rows, L positions, S new columns, D width of the LLM, V vocabulary.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from tinyllava.infer.image_encoder import ImageEncoder, PromptSlice
@@ -22,9 +24,7 @@ from tinyllava.infer.prefix import Sharing, make_cache, plan_sharing, spread_cac
 from tinyllava.infer.prompts import Prompt
 from tinyllava.model.modeling import TinyLlavaForConditionalGeneration
 
-# The largest relative differences of hidden states that rounding can cause.
-TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
-TOLERANCE_16_BIT = 0.1
+TOLERANCE, TOLERANCE_16_BIT = 1e-3, 0.1  # the largest relative differences of hidden states that rounding can cause
 
 
 class PrefilledBatch(NamedTuple):
@@ -41,19 +41,19 @@ def make_padding_mask(lengths: Sequence[int]) -> Tensor:
     return (columns >= len(columns) - torch.tensor(lengths)[:, None]).long()
 
 
+@dataclass(eq=False)
 class Engine:
     """Runs the LLM of a model. It holds the lock `busy` while the model computes, and releases it between steps."""
 
-    def __init__(
-        self,
-        model: TinyLlavaForConditionalGeneration,
-        images: ImageEncoder,
-        pad_id: int,
-        busy: AbstractContextManager,
-    ) -> None:
-        self.model, self.images = model, images
-        self.pad_id, self.busy = pad_id, busy
-        self.llm = model.model.language_model
+    model: TinyLlavaForConditionalGeneration
+    images: ImageEncoder
+    pad_id: int
+    busy: AbstractContextManager
+
+    @property
+    def llm(self) -> PreTrainedModel:
+        """The LLM without its head."""
+        return self.model.model.language_model
 
     @cached_property
     def position_bytes(self) -> int | None:
@@ -75,7 +75,7 @@ class Engine:
             together = self.prefill(prompts, Sharing([PromptSlice(prompts[0], 0, 4)], [0, 0], 3)).hidden[:, -1]
         # Written with `not` below, because a NaN must also fail.
         difference = (together - torch.stack(alone)).norm() / torch.stack(alone).norm()
-        if not difference < TOLERANCE.get(self.model.dtype, TOLERANCE_16_BIT):
+        if not difference < (TOLERANCE if self.model.dtype.itemsize > 2 else TOLERANCE_16_BIT):
             return None
         numbers = sum(states[0, :, 0].numel() for layer in cache.layers for states in (layer.keys, layer.values))
         return numbers * self.model.dtype.itemsize

@@ -1,9 +1,9 @@
 """Find the checkpoint for a path or a name, and the device for a name."""
 
-import json
 import logging
 import os
 import re
+import reprlib
 from pathlib import Path
 
 import torch
@@ -12,7 +12,8 @@ from huggingface_hub.errors import HFValidationError, HTTPError, LocalEntryNotFo
 
 from tinyllava import checkpoint
 from tinyllava.errors import UserError
-from tinyllava.model.parts import NANO, is_hub_reachable, locate_part
+from tinyllava.model.parts import DTYPES, NANO, is_hub_reachable, locate_part
+from tinyllava.runs import FINAL, list_checkpoints, read_stage_names
 
 logger = logging.getLogger("tinyllava")
 
@@ -26,17 +27,17 @@ def find_checkpoint(path: str | Path) -> Path:
     """
     if path == NANO:  # only the string: Path("nano") is a folder of the user's
         return Path(locate_part("model", NANO))
+    if not isinstance(path, str | Path):
+        raise UserError(f"expected the path of a checkpoint, found {reprlib.repr(path)}.")
     name, path = str(path), Path(path).expanduser()
     if not path.is_dir():
         return download_checkpoint(name)
-    if (path / "config.json").is_file():
+    if any(os.path.lexists(path / name) for name in ("config.json", "adapter_config.json")):
         return path
-    run = path / "run.json"
-    stages = json.loads(run.read_text(encoding="utf-8"))["stages"] if run.is_file() else {}
-    folders = [path / stage for stage in reversed(list(stages))] or [path]
+    folders = [path / stage for stage in reversed(read_stage_names(path))] or [path]
     for folder in folders:
-        numbered = sorted(folder.glob("checkpoint-*[0-9]"), key=lambda p: int(p.name.split("-")[-1]), reverse=True)
-        whole = next((candidate for candidate in [folder / "final", *numbered] if _is_loadable(candidate)), None)
+        candidates = [folder / FINAL, *list_checkpoints(folder)]
+        whole = next((candidate for candidate in candidates if _is_loadable(candidate)), None)
         if whole:
             return whole
     looked = ", ".join(f"{folder}/final, {folder}/checkpoint-N" for folder in folders)
@@ -71,8 +72,16 @@ def find_device(name: str | torch.device | None) -> torch.device:
     """The device `name`. By default the accelerator (with torchrun, one for each process), else the CPU."""
     default = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     known = sorted({"cpu", default.type})
-    if str(name or default).partition(":")[0] not in known:
+    kind, _, index = str(name or default).partition(":")
+    if kind not in known or not (index or "0").isdigit():
         raise UserError(f"no device '{name}' on this machine. It has: {', '.join(known)}.")
     if name is None and default.type != "cpu" and "LOCAL_RANK" in os.environ:
         return torch.device(default.type, int(os.environ["LOCAL_RANK"]) % torch.accelerator.device_count())
     return torch.device(name or default)
+
+
+def find_dtype(name: str | torch.dtype) -> str | torch.dtype:
+    """The dtype `name`, or auto. Raises UserError for anything that weights cannot have."""
+    if not getattr(name, "is_floating_point", isinstance(name, str) and name in DTYPES):
+        raise UserError(f"unknown dtype '{name}'. Known: {', '.join(DTYPES)}.")
+    return DTYPES.get(name, name)

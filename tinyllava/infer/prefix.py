@@ -104,15 +104,6 @@ class GrowingLayer(DynamicLayer):
         """Use the first `columns` columns of the buffers."""
         self.keys, self.values = (buffer[:, :, :columns] for buffer in self.buffers)
 
-    @classmethod
-    def from_buffers(cls, buffers: tuple[Tensor, Tensor], columns: int) -> "GrowingLayer":
-        """A layer with these buffers, of which the first `columns` columns are filled."""
-        layer = cls()
-        layer.lazy_initialization(*buffers)
-        layer.buffers = buffers
-        layer.set_length(columns)
-        return layer
-
 
 def make_cache() -> Cache:
     """An empty cache that keeps every column of every layer. The attention mask applies sliding windows."""
@@ -125,7 +116,7 @@ def spread_cache(prefixes: Cache, owner: Tensor, lengths: Tensor, new: int) -> C
     The columns to their left are padding with arbitrary numbers. To their right there is room for `new` columns.
     """
     width, count = int(lengths.max()), prefixes.get_seq_length()
-    columns = torch.arange(width + new + BLOCK, device=lengths.device) - (width - lengths)[:, None]
+    columns = torch.arange(width + new, device=lengths.device) - (width - lengths)[:, None]
     columns = columns.clamp(0, count - 1)  # [B, L]
 
     def spread(states: Tensor) -> Tensor:
@@ -136,7 +127,7 @@ def spread_cache(prefixes: Cache, owner: Tensor, lengths: Tensor, new: int) -> C
         return states.flatten(0, 2).index_select(0, index).unflatten(0, (len(owner), len(heads), -1))
 
     cache = make_cache()
-    cache.layers = [
-        GrowingLayer.from_buffers((spread(layer.keys), spread(layer.values)), width) for layer in prefixes.layers
-    ]
+    for number, layer in enumerate(prefixes.layers):
+        cache.update(spread(layer.keys), spread(layer.values), number)
+        cache.layers[number].set_length(width)
     return cache

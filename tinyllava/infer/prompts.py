@@ -11,7 +11,8 @@ from typing import NamedTuple, TypeVar
 
 from PIL import Image
 
-from tinyllava.data.images import Reference, is_file_reference
+from tinyllava.data.images import open_image
+from tinyllava.data.references import Reference, is_file_reference, resolve_reference
 
 POOL = 1024  # prompts that are sorted together: more need less padding, but the first answer comes later
 ROWS, POSITIONS = 128, 8192  # the default batch; Phi-2's keys and values take 2.7 GB for 8192 positions in bf16
@@ -37,10 +38,10 @@ def make_image_key(image: Reference) -> ImageKey:
 
     A file is identified by its name, time and size, a URL by its text, and other images by their content.
     """
-    if isinstance(image, dict):
-        image = image.get("bytes") or image.get("path") or image.get("url") or b""
+    image = resolve_reference(image)
     if isinstance(image, Image.Image):
-        return ("pixels", image.mode, image.size, hashlib.sha256(image.tobytes()).digest())
+        shown = open_image(image)  # its mode, palette and EXIF also decide what the model sees
+        return ("pixels", shown.size, hashlib.sha256(shown.tobytes()).digest())
     if isinstance(image, bytes):
         return ("bytes", hashlib.sha256(image).digest())
     if not is_file_reference(image):

@@ -10,6 +10,8 @@ distinct image goes through the vision tower once, for any number of questions. 
 the LLM once.
 """
 
+import reprlib
+import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import closing
@@ -25,16 +27,15 @@ from tinyllava import checkpoint
 from tinyllava.data.images import Reference, open_image
 from tinyllava.data.sample import IMAGE_PART, IMAGE_TOKEN, Message, Sample, SampleError
 from tinyllava.errors import UserError
-from tinyllava.infer.answer import AnswerReader, stream_ids
+from tinyllava.generation import Decoding, check_answers, check_options, parse_decoding
+from tinyllava.infer.answer import AnswerReader, StopWhen, stream_ids
 from tinyllava.infer.engine import Engine, make_padding_mask
-from tinyllava.infer.find import find_checkpoint, find_device
+from tinyllava.infer.find import find_checkpoint, find_device, find_dtype
 from tinyllava.infer.image_encoder import ImageEncoder, PromptSlice
 from tinyllava.infer.likelihood import Likelihood, score_options, tokenize_answer
 from tinyllava.infer.prompts import POSITIONS, Prompt, make_batches, make_image_key, make_pools
-from tinyllava.model.parts import DTYPES
 from tinyllava.model.vlm import VLM
 
-MAX_NEW_TOKENS = 512
 CACHE_BYTES = 2 * 2**30  # keys and values of a batch
 
 Images = Reference | Sequence[Reference] | None
@@ -81,16 +82,11 @@ class Session:
         values that a checkpoint of the original TinyLLaVA Factory does not contain, for example `template` (see
         `tinyllava.checkpoint.legacy`). Raises UserError if there is no complete checkpoint.
         """
-        directory = find_checkpoint(path)
-        device = find_device(device)
-        dtype = dtype or ("float32" if device.type == "cpu" else "auto")
-        if isinstance(dtype, str):
-            if dtype not in DTYPES:
-                raise UserError(f"unknown dtype '{dtype}'. Known: {', '.join(DTYPES)}.")
-            dtype = DTYPES[dtype]
+        directory, device = find_checkpoint(path), find_device(device)
+        dtype = find_dtype(dtype or ("float32" if device.type == "cpu" else "auto"))
         try:
             vlm = checkpoint.load(directory, dtype, attn_implementation, **missing)
-        except (ImportError, ValueError) as error:
+        except (ImportError, ValueError, AttributeError) as error:
             if attn_implementation is None:
                 raise
             raise UserError(f"cannot use attention '{attn_implementation}': {str(error).splitlines()[0]}") from None
@@ -102,7 +98,8 @@ class Session:
     def chat(self, text: str, images: Images = None, **generation: Any) -> str:
         """Ask a question and return the answer. Both stay in the conversation, which an error does not change.
 
-        images: paths, URLs, bytes or PIL images. They go before the text, unless `<image>` in it marks their place.
+        images: one or a list, in any form that records have (docs/images.md). They go before the text, unless `<image>`
+        in it marks their place.
         generation: the options of `generate`.
         """
         asked = self._add_question(text, images)
@@ -133,6 +130,8 @@ class Session:
         The conversation is kept as text, and is tokenised again at every turn. In training, a whole conversation was
         tokenised as one text, and the ids that the model generated can differ from those.
         """
+        if not isinstance(text, str):
+            raise UserError(f"expected a question as text, found {reprlib.repr(text)}.")
         images = [] if images is None else list(images) if isinstance(images, list | tuple) else [images]
         if IMAGE_TOKEN not in text:
             text = IMAGE_PART * len(images) + text
@@ -150,8 +149,8 @@ class Session:
         """Answers to the last turns of `samples`, in their order. A sample has one image, several or none.
 
         batch_size: rows of a batch; by default as many as fit into CACHE_BYTES. generation: max_new_tokens=512,
-        temperature=0 (greedy), top_p=1, and all options of transformers' `generate`. Raises SampleError for a bad
-        sample.
+        temperature=0 (greedy), and the options of transformers' `generate` (see tinyllava/generation.py). Raises
+        UserError for an option that a session does not have, and SampleError for a bad sample.
         """
         answers = dict(self.generate_each(samples, batch_size, **generation))
         return [answers[index] for index in range(len(samples))]
@@ -160,21 +159,25 @@ class Session:
         self, samples: Sequence[Sample], batch_size: int | None = None, **generation: Any
     ) -> Iterator[tuple[int, str]]:
         """Yield (index, answer) when an answer ends. Questions on the same images come together, long ones first."""
+        decoding = parse_decoding(self.model, **generation)
         for pool in self._make_pools(samples):
             prompts = {index: self.make_prompt(samples[index]) for index in pool}
-            limits = {index: self.limit_new_tokens(prompts[index], **generation) for index in pool}
+            limits = {index: self.limit_new_tokens(prompts[index], *decoding[:2]) for index in pool}
             for batch in self._make_batches(prompts, limits, batch_size):
-                options = {**generation, "max_new_tokens": limits[batch[0]]}
-                for row, answer in self._answer_batch([prompts[index] for index in batch], **options):
+                rows = [prompts[index] for index in batch]
+                for row, answer in self._answer_batch(rows, limit=limits[batch[0]], decoding=decoding):
                     yield batch[row], answer
 
     def stream_answer(self, sample: Sample, **generation: Any) -> Iterator[str]:
         """Yield the answer to one sample in pieces: joined, what `generate` returns. Closing it stops the model."""
-        self.images.forget_urls()
+        decoding = parse_decoding(self.model, **generation)
+        if "num_beams" in decoding.options:
+            raise UserError("num_beams cannot stream: the best beam is known at the end. Use chat or generate.")
+        self._make_pools([sample])
         prompt = self.make_prompt(sample)
-        options = {**generation, "max_new_tokens": self.limit_new_tokens(prompt, **generation)}
-        with closing(stream_ids(partial(self._generate, [prompt], **options))) as ids:
-            yield from self.reader.stream_text(ids)
+        limit = self.limit_new_tokens(prompt, *decoding[:2])
+        with closing(stream_ids(partial(self._generate, [prompt], limit, decoding))) as ids:
+            yield from self.reader.add_ends(decoding).stream_text(ids)
 
     def loglikelihood(
         self, samples: Sequence[Sample], options: Sequence[Sequence[str]], batch_size: int | None = None
@@ -187,7 +190,10 @@ class Session:
         self, samples: Sequence[Sample], options: Sequence[Sequence[str]], batch_size: int | None = None
     ) -> Iterator[tuple[int, list[Likelihood]]]:
         """Yield (index, likelihoods of its options) when all options of a sample are scored."""
-        for pool in self._make_pools(samples):
+        pools = self._make_pools(samples)
+        check_answers(options, len(samples))
+        for pool in pools:
+            yield from ((index, []) for index in pool if not options[index])
             rows = {
                 (index, number): self._make_answered_prompt(samples[index], option)
                 for index in pool
@@ -195,7 +201,7 @@ class Session:
             }
             prompts = {key: prompt for key, (prompt, _) in rows.items()}
             limits = {key: self.limit_new_tokens(prompt, 1) for key, prompt in prompts.items()}
-            open_samples: dict[int, dict[int, Likelihood]] = {index: {} for index in pool}
+            open_samples: dict[int, dict[int, Likelihood]] = {index: {} for index in pool if options[index]}
             for batch in self._make_batches(prompts, limits, batch_size):
                 likelihoods = score_options(self.engine, [rows[key] for key in batch])
                 for (index, number), likelihood in zip(batch, likelihoods, strict=True):
@@ -228,54 +234,53 @@ class Session:
             expanded += [token] * next(counts) if token == image_id else [token]
         return Prompt(expanded, [(make_image_key(image), image) for image in sample.images])
 
-    def limit_new_tokens(self, prompt: Prompt, max_new_tokens: int = MAX_NEW_TOKENS, **_: Any) -> int:
+    def limit_new_tokens(self, prompt: Prompt, max_new_tokens: int, max_length: int | None = None) -> int:
         """`max_new_tokens`, or fewer if the LLM has fewer positions left. Raises UserError if it has none left."""
-        longest = getattr(self.model.config.text_config, "max_position_embeddings", None)
-        if longest is not None and prompt.length >= longest:
+        longest = getattr(self.model.config.text_config, "max_position_embeddings", None) or sys.maxsize
+        room = min(longest, max_length or longest) - prompt.length
+        if room <= 0:
+            limit = f"max_length is {max_length}" if max_length and max_length < longest else f"the LLM has {longest}"
             raise UserError(
-                f"the prompt takes {prompt.length} positions with {len(prompt.images)} image(s), and the LLM has"
-                f" {longest}. Ask a shorter question or show fewer images; in a chat, start again."
+                f"the prompt takes {prompt.length} positions with {len(prompt.images)} image(s), and {limit}."
+                " Ask a shorter question or show fewer images; in a chat, start again."
             )
-        return max_new_tokens if longest is None else min(max_new_tokens, longest - prompt.length)
+        return min(max_new_tokens, room)
 
     # -- batches -------------------------------------------------------------------------------------------------------
 
     def _make_pools(self, samples: Sequence[Sample]) -> Iterator[list[int]]:
+        if not isinstance(samples, Sequence) or not all(isinstance(sample, Sample) for sample in samples):
+            raise UserError(f"expected a list of Sample, found {reprlib.repr(samples)}. `chat` takes a text.")
         self.images.forget_urls()
         keys = [tuple(make_image_key(image) for image in sample.images) for sample in samples]
         return make_pools(keys, self.images.capacity)
 
-    def _make_batches(
-        self, prompts: dict[Any, Prompt], limits: dict[Any, int], size: int | None
-    ) -> Iterator[list[Any]]:
+    def _make_batches(self, prompts: dict[Any, Prompt], limits: dict[Any, int], size: int | None) -> Iterator[list]:
+        check_options(batch_size=size)
         position_bytes = self.engine.position_bytes
         positions = CACHE_BYTES // position_bytes if position_bytes else POSITIONS
         return make_batches(prompts, limits, size, positions)
 
-    def _answer_batch(self, prompts: list[Prompt], max_new_tokens: int, **options: Any) -> Iterator[tuple[int, str]]:
+    def _answer_batch(self, prompts: list[Prompt], limit: int, decoding: Decoding) -> Iterator[tuple[int, str]]:
         """Yield (row, answer) of one batch when an answer ends."""
-        is_greedy = not options.keys() - {"temperature"} and options.get("temperature", 0) <= 0
-        if self.engine.position_bytes is None or not is_greedy:
-            yield from enumerate(self._generate(prompts, max_new_tokens, **options))
+        if self.engine.position_bytes is None or decoding.options:
+            yield from enumerate(self._generate(prompts, limit, decoding))
             return
-        for row, ids in self.engine.generate_greedy(prompts, max_new_tokens, self.reader.has_ended):
-            yield row, self.reader.decode(ids)
+        reader = self.reader.add_ends(decoding)
+        for row, ids in self.engine.generate_greedy(prompts, limit, reader.has_ended):
+            yield row, reader.decode(ids)
 
     @torch.inference_mode()
     def _generate(
-        self,
-        prompts: list[Prompt],
-        max_new_tokens: int,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        top_k: int = 0,
-        **options: Any,
+        self, prompts: list[Prompt], max_new_tokens: int, decoding: Decoding | None = None, **stream: Any
     ) -> list[str]:
-        """Answers of one batch by transformers' `generate`: all its options, for any LLM."""
-        sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": top_k}
-        options |= sampling if temperature > 0 else {"do_sample": False}
-        if self.reader.end_text:
-            options |= {"stop_strings": [self.reader.end_text], "tokenizer": self.tokenizer}
+        """Answers of one batch by transformers' `generate`: all its options, for any LLM. stream: of `stream_ids`."""
+        decoding = decoding or parse_decoding(self.model)
+        reader = self.reader.add_ends(decoding)
+        options = {**decoding.options, "eos_token_id": sorted(reader.end_ids) or None, "max_new_tokens": max_new_tokens}
+        columns = max(prompt.length for prompt in prompts)
+        stops = [StopWhen(lambda ids: reader.has_ended(ids[columns:]))] if reader.end_texts else []
+        stops += [*stream.pop("stopping_criteria", ()), *options.pop("stopping_criteria", ())]
         with self.busy:
             slices = [PromptSlice(prompt, 0, prompt.length) for prompt in prompts]
             ids, embeds = self.images.embed(slices, self.pad_id)
@@ -283,5 +288,5 @@ class Session:
             # `generate` makes them only for a forward that names them, and learned positions must not count padding.
             positions = (mask.cumsum(1) - 1).clamp(min=0)
             inputs = {"input_ids": ids, "inputs_embeds": embeds, "attention_mask": mask, "position_ids": positions}
-            generated = self.model.generate(**inputs, max_new_tokens=max_new_tokens, **options)
-        return [self.reader.decode(row) for row in generated[:, ids.shape[1] :].tolist()]
+            generated = self.model.generate(**inputs, stopping_criteria=stops, **stream, **options)
+        return [reader.decode(row) for row in generated[:, columns:].tolist()]

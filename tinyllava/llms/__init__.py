@@ -11,15 +11,3 @@ A recipe can name a family outside the package, as `family: my_pkg.my_module:LLM
 whose model transformers does not have also defines its config and model classes, and registers them with the Auto
 classes (openelm.py). Its file is imported when a config of its `model_type` is read.
 """
-
-from tinyllava.factory import Factory
-
-
-def import_llm(model_type: str | None) -> None:
-    """Import the package's file for a `model_type`, if there is one.
-
-    Call this before the Auto classes meet the model_type: a file whose classes transformers does not have registers
-    them when it is imported.
-    """
-    if model_type:
-        Factory("llms").import_file(model_type)

@@ -9,31 +9,18 @@ classes then read Apple's directories without remote code. Apple publishes no to
 Shapes: B batch, L positions, D model_dim, H heads (queries, then keys, then values), E head_dim.
 """
 
-from collections.abc import Callable
 from typing import Literal
 
 import numpy as np
 import torch
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    DynamicCache,
-    GenerationMixin,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
-from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.llama.modeling_llama import LlamaRMSNorm, eager_attention_forward
-from transformers.utils.generic import merge_with_config_defaults
-from transformers.utils.output_capturing import capture_outputs
+from transformers.models.llama import modeling_llama as llama
 
 from tinyllava.errors import UserError
 
@@ -117,20 +104,21 @@ def round_to_multiple(width: float, divisor: int) -> int:
     return closest + divisor if closest < 0.9 * width else closest
 
 
-def compute_rotation(position_ids: Tensor, head_dim: int, base: float) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of the rotary embedding in fp32: [B, L] -> two [B, 1, L, E / 2].
+class OpenELMRotaryEmbedding(nn.Module):
+    """Llama's rotary embedding in fp32, as Apple computes it.
 
     Computed at each call: a buffer would lose its values where the model is created on the meta device.
     """
-    exponents = torch.arange(0, head_dim, 2, device=position_ids.device).float() / head_dim
-    angles = position_ids[:, None, :, None].float() / base**exponents
-    return angles.cos(), angles.sin()
 
+    def __init__(self, config: OpenELMConfig):
+        super().__init__()
+        self.head_dim, self.base = config.head_dim, config.rope_freq_constant
 
-def rotate_heads(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate each pair (i, i + E / 2) of [B, H, L, E] by its angle, in fp32 as Apple does."""
-    first, second = heads.float().chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(heads.dtype)
+    def forward(self, hidden_states: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines [B, L, E] of positions [B, L]: those of the pair (i, i + E / 2) are equal."""
+        exponents = torch.arange(0, self.head_dim, 2, device=position_ids.device).float() / self.head_dim
+        angles = (position_ids[:, :, None].float() / self.base**exponents).repeat(1, 1, 2)
+        return angles.cos(), angles.sin()
 
 
 class OpenELMAttention(nn.Module):
@@ -147,8 +135,8 @@ class OpenELMAttention(nn.Module):
         self.qkv_proj = nn.Linear(config.model_dim, sum(self.heads) * self.head_dim, bias=False)
         self.out_proj = nn.Linear(queries * self.head_dim, config.model_dim, bias=False)
         normalized = config.normalize_qk_projections
-        self.q_norm = LlamaRMSNorm(self.head_dim) if normalized else nn.Identity()
-        self.k_norm = LlamaRMSNorm(self.head_dim) if normalized else nn.Identity()
+        self.q_norm = llama.LlamaRMSNorm(self.head_dim) if normalized else nn.Identity()
+        self.k_norm = llama.LlamaRMSNorm(self.head_dim) if normalized else nn.Identity()
 
     def forward(
         self,
@@ -162,13 +150,11 @@ class OpenELMAttention(nn.Module):
         shape = hidden_states.shape[:-1]
         heads = self.qkv_proj(hidden_states).view(*shape, -1, self.head_dim).transpose(1, 2)  # [B, H, L, E]
         query, key, value = heads.split(self.heads, dim=1)
-        query = rotate_heads(self.q_norm(query), *position_embeddings)
-        key = rotate_heads(self.k_norm(key), *position_embeddings)
+        rotated = llama.apply_rotary_pos_emb(self.q_norm(query), self.k_norm(key), *position_embeddings)
+        query, key = (states.to(value.dtype) for states in rotated)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
-        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, llama.eager_attention_forward)
         output, weights = attend(
             self, query, key, value, attention_mask, dropout=0.0, scaling=self.head_dim**-0.5, **kwargs
         )
@@ -200,9 +186,9 @@ class OpenELMLayer(GradientCheckpointingLayer):
 
     def __init__(self, config: OpenELMConfig, layer_idx: int):
         super().__init__()
-        self.attn_norm = LlamaRMSNorm(config.model_dim)
+        self.attn_norm = llama.LlamaRMSNorm(config.model_dim)
         self.attn = OpenELMAttention(config, layer_idx)
-        self.ffn_norm = LlamaRMSNorm(config.model_dim)
+        self.ffn_norm = llama.LlamaRMSNorm(config.model_dim)
         self.ffn = OpenELMFFN(config, layer_idx)
 
     def forward(self, hidden_states: Tensor, **kwargs: object) -> Tensor:
@@ -211,102 +197,49 @@ class OpenELMLayer(GradientCheckpointingLayer):
         return hidden_states + self.ffn(self.ffn_norm(hidden_states))
 
 
-class OpenELMPreTrainedModel(PreTrainedModel):
+class OpenELMPreTrainedModel(llama.LlamaPreTrainedModel):
     """What transformers must know about the family."""
 
     config: OpenELMConfig
     base_model_prefix = "transformer"
     _input_embed_layer = "token_embeddings"
-    supports_gradient_checkpointing = True
     _no_split_modules = ("OpenELMLayer",)
-    _skip_keys_device_placement = ("past_key_values",)
-    _supports_flash_attn = _supports_sdpa = _supports_attention_backend = True
     _can_record_outputs = {"hidden_states": OpenELMLayer, "attentions": OpenELMAttention}  # noqa: RUF012
 
 
-class OpenELMModel(OpenELMPreTrainedModel):
-    """The LLM without its head."""
+class OpenELMModel(OpenELMPreTrainedModel, llama.LlamaModel):
+    """The LLM without its head: Llama's forward through OpenELM's layers."""
 
     def __init__(self, config: OpenELMConfig):
-        super().__init__(config)
+        OpenELMPreTrainedModel.__init__(self, config)
         self.token_embeddings = nn.Embedding(config.vocab_size, config.model_dim)
         self.layers = nn.ModuleList(OpenELMLayer(config, number) for number in range(config.num_transformer_layers))
-        self.norm = LlamaRMSNorm(config.model_dim)
+        self.norm = llama.LlamaRMSNorm(config.model_dim)
+        self.rotary_emb = OpenELMRotaryEmbedding(config)
         self.gradient_checkpointing = False
         self.post_init()
 
-    @merge_with_config_defaults
-    @capture_outputs
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: Tensor | None = None,
-        use_cache: bool | None = None,
-        **kwargs: object,
-    ) -> BaseModelOutputWithPast:
-        """Hidden states [B, L, D] of ids [B, L] or embeddings [B, L, D], and the cache."""
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("exactly one of input_ids and inputs_embeds expected.")
-        hidden_states = self.token_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
-        if position_ids is None:
-            past = 0 if past_key_values is None else past_key_values.get_seq_length()
-            position_ids = torch.arange(past, past + hidden_states.shape[1], device=hidden_states.device).unsqueeze(0)
-        mask = create_causal_mask(
-            config=self.config,
-            inputs_embeds=hidden_states,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            position_ids=position_ids,
-        )
-        position_embeddings = compute_rotation(position_ids, self.config.head_dim, self.config.rope_freq_constant)
-        for layer in self.layers:
-            hidden_states = layer(
-                hidden_states,
-                position_embeddings=position_embeddings,
-                attention_mask=mask,
-                past_key_values=past_key_values,
-                **kwargs,
-            )
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+    @property
+    def embed_tokens(self) -> nn.Embedding:
+        """The embeddings under Llama's name."""
+        return self.token_embeddings
 
 
-class OpenELMForCausalLM(OpenELMPreTrainedModel, GenerationMixin):
+class OpenELMForCausalLM(OpenELMPreTrainedModel, llama.LlamaForCausalLM):
     """The LLM with its head. With `share_input_output_layers`, the head is the embedding table."""
 
     _tied_weights_keys = {"lm_head.weight": "transformer.token_embeddings.weight"}  # noqa: RUF012
 
     def __init__(self, config: OpenELMConfig):
-        super().__init__(config)
+        OpenELMPreTrainedModel.__init__(self, config)
         self.transformer = OpenELMModel(config)
         self.lm_head = nn.Linear(config.model_dim, config.vocab_size, bias=False)
         self.post_init()
 
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        labels: Tensor | None = None,
-        logits_to_keep: int | Tensor = 0,
-        **kwargs: object,
-    ) -> CausalLMOutputWithPast:
-        """Logits [B, L or kept, V]; with labels [B, L] also the mean loss of the next token."""
-        outputs = self.transformer(input_ids=input_ids, **kwargs)
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept])
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
+    @property
+    def model(self) -> OpenELMModel:
+        """The LLM without its head, under Llama's name."""
+        return self.transformer
 
 
 AutoConfig.register(OpenELMConfig.model_type, OpenELMConfig, exist_ok=True)

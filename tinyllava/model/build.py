@@ -23,7 +23,7 @@ from transformers import (
 
 from tinyllava.config import NATIVE_TEMPLATE, ModelSpec
 from tinyllava.data.sample import IMAGE_TOKEN
-from tinyllava.data.special_tokens import has_token
+from tinyllava.data.special_tokens import add_own_tokens, has_token
 from tinyllava.data.template import Template, add_image_token
 from tinyllava.errors import UserError
 from tinyllava.factory import Factory
@@ -92,13 +92,14 @@ def get_default_template(config: PreTrainedConfig) -> str:
 
 
 def load_parts(spec: ModelSpec, tokenizer: PreTrainedTokenizerFast | None, seed: int, empty: bool) -> LoadedParts:
-    """Load vision tower, LLM and tokenizer, and add `<image>` to the tokenizer and the LLM's embeddings."""
+    """Load vision tower, LLM and tokenizer, and add `<image>` and the recipe's tokens to tokenizer and embeddings."""
     llm_config = read_part_config("llm", spec.llm)
     tower_config = read_part_config("vision_tower", spec.vision_tower)
     find_family(tower_config)  # raises an error for an unknown family before weights are downloaded
     tokenizer = tokenizer or load_tokenizer(spec.llm)
     knew_images = has_token(tokenizer, IMAGE_TOKEN)
     image_token_id = add_image_token(tokenizer)
+    own_tokens = add_own_tokens(tokenizer, spec.add_tokens)
     if spec.llm.config is not None:  # an LLM from a config has the vocabulary of its tokenizer by default
         llm_config = fit_vocabulary(llm_config, tokenizer, spec.llm.config)
     set_seed(seed)
@@ -108,8 +109,33 @@ def load_parts(spec: ModelSpec, tokenizer: PreTrainedTokenizerFast | None, seed:
         rows, needed = llm.get_input_embeddings().num_embeddings, max(len(tokenizer), image_token_id + 1)
         if needed > rows:  # Qwen and Phi have spare rows, most others have none
             llm.resize_token_embeddings(needed, mean_resizing=not empty)
-    new_tokens = sorted({*range(rows, needed), *([] if knew_images else [image_token_id])})
+    fill_rows(llm, own_tokens)
+    new_tokens = sorted({*range(rows, needed), *([] if knew_images else [image_token_id]), *own_tokens})
     return LoadedParts(tower, llm, tokenizer, image_token_id, new_tokens)
+
+
+@torch.no_grad()
+def fill_rows(model: PreTrainedModel, ids: list[int]) -> None:
+    """Let new tokens start from the mean of all tokens before them, in the embeddings and in the output head.
+
+    Rows that an LLM has to spare were never trained: their logits are arbitrary.
+    """
+    head = model.get_output_embeddings()
+    for tensor in (model.get_input_embeddings().weight, head.weight, head.bias):
+        if ids and tensor is not None:
+            tensor[ids] = tensor[: min(ids)].mean(0, dtype=torch.float32).to(tensor.dtype)
+
+
+def add_tokens(vlm: VLM, tokens: list[str]) -> None:
+    """Add a recipe's own tokens to a finished model, in place. Raises UserError if its head cannot get rows."""
+    model, ids = vlm.model, add_own_tokens(vlm.tokenizer, tokens)
+    if ids and model.config.head_rows is not None:
+        rows = model.config.head_rows
+        raise UserError(f"model.add_tokens: this checkpoint of the original never answers with a token above {rows}.")
+    if max(ids, default=0) >= model.get_input_embeddings().num_embeddings:
+        model.resize_token_embeddings(max(ids) + 1, mean_resizing=False)
+    fill_rows(model, ids)
+    model.config.new_tokens = sorted({*(model.config.new_tokens or []), *ids})
 
 
 def make_config(
@@ -176,7 +202,8 @@ def assemble(config: TinyLlavaConfig, parts: LoadedParts, seed: int) -> TinyLlav
     model.model.multi_modal_projector = projector.to(dtype=llm.dtype)
     model.lm_head = llm.get_output_embeddings()
     model.config.vision_config, model.config.text_config = tower.config, llm.config
-    model.config.dtype = llm.dtype
+    model.config.dtype = llm.config.dtype = llm.dtype
+    tower.config.dtype = tower.dtype
     if llm.generation_config is not None:
         model.generation_config = llm.generation_config
     model.generation_config.suppress_tokens = [config.image_token_id]  # a placeholder is never part of an answer

@@ -4,7 +4,6 @@ from huggingface_hub.dataclasses import strict
 from transformers import LlavaConfig, PreTrainedConfig
 
 from tinyllava.factory import Factory, check_trusted
-from tinyllava.llms import import_llm
 from tinyllava.vision_towers import import_tower
 
 
@@ -44,7 +43,7 @@ class TinyLlavaConfig(LlavaConfig):
             check_trusted(address, Factory(kind).kind.singular)
             Factory(kind).get(address)
         import_tower(get_model_type(self.vision_config))
-        import_llm(get_model_type(self.text_config))
+        Factory("llms").import_file(get_model_type(self.text_config))
         super().__post_init__(**kwargs)
 
     @staticmethod

@@ -6,7 +6,7 @@ one that cannot be trained or saved. Therefore the file is converted once, to an
 
 from pathlib import Path
 
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import is_gguf_available
 
 from tinyllava import atomic
@@ -39,14 +39,10 @@ def _convert(path: Path, directory: Path) -> None:
         tokenizer, model = AutoTokenizer.from_pretrained(**source), AutoModelForCausalLM.from_pretrained(**source)
     except (OSError, ValueError, KeyError, NotImplementedError) as error:
         raise UserError(f"cannot read {path} as a GGUF model: {str(error).strip().splitlines()[0]}") from None
-    with atomic.write_directory(directory) as partial:
-        _unmark_quantised(model).save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
-
-
-def _unmark_quantised(model: PreTrainedModel) -> PreTrainedModel:
-    """Remove the marks of quantisation: the weights are now plain fp32."""
+    # The weights are now plain fp32: remove the marks of quantisation.
     model.hf_quantizer, model.is_quantized = None, False
     vars(model).pop("quantization_method", None)
     del model.config.quantization_config
-    return model
+    with atomic.write_directory(directory) as partial:
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)

@@ -27,6 +27,7 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 from tinyllava.config import VisionTowerSpec
 from tinyllava.errors import UserError
 from tinyllava.factory import check_trusted, load_code
+from tinyllava.files import FAULTS, shorten_error
 from tinyllava.model.parts import is_hub_reachable, locate_part
 from tinyllava.vision_towers import find_family, split_tower_name
 
@@ -34,6 +35,7 @@ logger = logging.getLogger("tinyllava")
 
 KIND = "image processor"  # its name in messages
 FILE = "preprocessor_config.json"
+REMEDY = f"Give a {FILE}, its directory, or your own class as my_pkg.my_module:Name."
 RAW = {"do_rescale": False, "do_normalize": False}  # for uint8 pixels, which the model normalises
 KEEP_SIZE = {"do_resize": False, "do_center_crop": False, "do_pad": False}  # for a tile, which has its final size
 
@@ -67,8 +69,7 @@ def read_image_fields(name: str) -> dict[str, Any]:
         fields = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise UserError(
-            f"cannot read the image processor {path}: {getattr(error, 'strerror', None) or error}. Give a {FILE}, its"
-            " directory, or your own class as my_pkg.my_module:Name."
+            f"cannot read the image processor {path}: {getattr(error, 'strerror', None) or error}. {REMEDY}"
         ) from None
     if not fields.get("do_rescale", True) or abs(fields.get("rescale_factor", 1 / 255) * 255 - 1) > 1e-3:
         raise UserError(
@@ -133,13 +134,15 @@ def load_image_processor(spec: VisionTowerSpec, config: PreTrainedConfig) -> tup
         fields = read_image_fields(spec.image_processor)
     elif spec.name is not None:
         name = locate_part("vision_tower", split_tower_name(spec.name)[0])
-        where = {"local_files_only": not Path(name).is_dir() and not is_hub_reachable()}
+        where = {"local_files_only": not Path(name).is_dir() and not is_hub_reachable(), "trust_remote_code": False}
         try:
             fields = AutoImageProcessor.from_pretrained(name, backend="pil", **where).to_dict()
         except ImportError:  # DINOv3's class requires torchvision, but the fields in its file are enough
             fields = ImageProcessingMixin.get_image_processor_dict(name, **where)[0]
         except OSError:
             logger.info("%s has no image processor of its own: using the settings of its family", name)
+        except FAULTS as error:
+            raise UserError(f"cannot read the image processor of {name}: {shorten_error(error)}. {REMEDY}") from None
     fields, image_size = combine_image_fields(config, fields)
     return make_llava_image_processor(fields, image_size, spec.image_aspect), image_size
 

@@ -14,38 +14,24 @@ from contextlib import nullcontext
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, LlavaForConditionalGeneration
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.models.llava.modeling_llava import (
-    LlavaCausalLMOutputWithPast,
-    LlavaModel,
-    LlavaModelOutputWithPast,
-    LlavaPreTrainedModel,
-)
+from transformers.models.llava import modeling_llava as llava
 
 from tinyllava.data.labels import IGNORE
 from tinyllava.data.tiles import Grid, count_views, order_tokens
 from tinyllava.errors import UserError
 from tinyllava.factory import Factory, check_trusted
 from tinyllava.model.configuration import TinyLlavaConfig
+from tinyllava.model.modules import is_sharded
 from tinyllava.model.tower import compute_states
-from tinyllava.vision_towers import make_size_options
 
 # Supervised positions whose logits exist at the same time: 4096 x 256k x 4 bytes = 4 GB for Gemma's vocabulary.
 LOSS_CHUNK = 4096
-
-
-def is_sharded(module: nn.Module) -> bool:
-    """Whether ZeRO-3 or FSDP2 shards the weights. Every rank must then call the same modules in the same order."""
-    if not dist.is_initialized():  # checked first, because generation asks at every token
-        return False
-    return any(hasattr(parameter, "ds_id") or isinstance(parameter, DTensor) for parameter in module.parameters())
 
 
 def make_connector(config: TinyLlavaConfig) -> nn.Module:
@@ -69,13 +55,13 @@ def make_connector(config: TinyLlavaConfig) -> nn.Module:
     return module
 
 
-class TinyLlavaModel(LlavaModel):
+class TinyLlavaModel(llava.LlavaModel):
     """Vision tower, connector (under Llava's name, multi_modal_projector) and language model without its head."""
 
     config: TinyLlavaConfig
 
     def __init__(self, config: TinyLlavaConfig) -> None:
-        LlavaPreTrainedModel.__init__(self, config)
+        llava.LlavaPreTrainedModel.__init__(self, config)
         self.vision_tower = AutoModel.from_config(config.vision_config)
         self.multi_modal_projector = make_connector(config)
         self.language_model = AutoModel.from_config(config.text_config)
@@ -89,9 +75,8 @@ class TinyLlavaModel(LlavaModel):
         with torch.device("meta"):
             copy_ = AutoModel.from_config(copy.deepcopy(self.config.vision_config))
             pixels = torch.zeros(1, 3, self.config.image_size, self.config.image_size)
-        options = make_size_options(self.config.vision_config, pixels)
-        states = copy_(pixels, output_hidden_states=True, **options).hidden_states
-        sum(states[index].sum() for index in self._get_layer_indices()).backward()
+        states = compute_states(copy_, pixels, self._get_layer_indices(), whole=True)
+        sum(state.sum() for state in states).backward()
         return {name for name, parameter in copy_.named_parameters() if parameter.grad is not None}
 
     def _get_layer_indices(self) -> list[int]:
@@ -113,6 +98,11 @@ class TinyLlavaModel(LlavaModel):
             states = compute_states(self.vision_tower, pixel_values, self._get_layer_indices(), whole=trained)
         return torch.cat([state[:, self.config.dropped_tokens :] for state in states], dim=-1)
 
+    def project_features(self, features: Tensor) -> Tensor:
+        """Image tokens of tower features: [I, P, Dv] -> [I, T, D]. A frozen tower can have another precision."""
+        floats = (weight.dtype for weight in self.multi_modal_projector.parameters() if weight.is_floating_point())
+        return self.multi_modal_projector(features.to(next(floats, features.dtype)))
+
     def get_image_features(
         self, pixel_values: Tensor, image_grids: Tensor | None = None, **kwargs: object
     ) -> BaseModelOutputWithPooling:
@@ -121,7 +111,7 @@ class TinyLlavaModel(LlavaModel):
         With tiles, `pixel_values` are the views of all images [W, 3, H, W], and `image_grids` [I, 2] their rows and
         columns. T then differs between images. Raises ValueError when the two do not agree.
         """
-        tokens = self.multi_modal_projector(self.compute_tower_features(pixel_values))
+        tokens = self.project_features(self.compute_tower_features(pixel_values))
         if self.config.image_scale != 1.0:
             tokens = tokens * self.config.image_scale
         if image_grids is not None:
@@ -161,7 +151,7 @@ class TinyLlavaModel(LlavaModel):
         else:
             width = self.config.vision_config.hidden_size * len(self._get_layer_indices())
             features = torch.zeros(1, self.config.num_patches, width, device=like.device, dtype=like.dtype)
-        tokens = self.multi_modal_projector(features)
+        tokens = self.project_features(features)
         if self.config.tiles:
             tokens = torch.cat(self.arrange_tiles(tokens, [(1, 1)] * len(tokens)))
         return 0.0 * tokens.sum()
@@ -173,7 +163,7 @@ class TinyLlavaModel(LlavaModel):
         inputs_embeds: Tensor | None = None,
         image_grids: Tensor | None = None,
         **kwargs: object,
-    ) -> LlavaModelOutputWithPast:
+    ) -> llava.LlavaModelOutputWithPast:
         """Llava's forward. A training batch without images keeps tower and connector in the autograd graph."""
         training = self.training and torch.is_grad_enabled()
         if pixel_values is None and input_ids is not None and (training or is_sharded(self)):
@@ -204,7 +194,7 @@ class TinyLlavaForConditionalGeneration(LlavaForConditionalGeneration):
     config: TinyLlavaConfig
 
     def __init__(self, config: TinyLlavaConfig) -> None:
-        LlavaPreTrainedModel.__init__(self, config)
+        llava.LlavaPreTrainedModel.__init__(self, config)
         self.model = TinyLlavaModel(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=config.head_bias)
         self._tied_weights_keys = {"lm_head.weight": f"model.language_model.{self.get_embeddings_name()}.weight"}
@@ -236,35 +226,33 @@ class TinyLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: Tensor | int | None = None,
         image_grids: Tensor | None = None,
+        label_smoothing: float = 0.0,
         mm_encoder_outputs: dict | None = None,  # named, so that `generate` encodes images once, and beams repeat them
         **kwargs: object,
-    ) -> LlavaCausalLMOutputWithPast:
+    ) -> llava.LlavaCausalLMOutputWithPast:
         """Logits [B, L or kept, V]; or, with labels [B, L], the mean loss per supervised token and no logits.
 
-        num_items_in_batch: supervised tokens of the whole global batch, over which the mean is taken.
+        num_items_in_batch: supervised tokens of the whole global batch, over which the mean is taken. label_smoothing:
+        the share of each target that is spread evenly over the vocabulary.
         """
         if labels is not None:
             kwargs.setdefault("use_cache", False)
         kwargs |= {"attention_mask": attention_mask, "position_ids": position_ids}
         kwargs |= {"image_grids": image_grids, "mm_encoder_outputs": mm_encoder_outputs}
         outputs = self.model(input_ids=input_ids, pixel_values=pixel_values, **kwargs)
-        hidden = outputs.last_hidden_state  # [B, L, D]
+        others = dict(outputs)  # what it shares with the outputs of the whole model: cache, hidden states, ...
+        hidden = others.pop("last_hidden_state")  # [B, L, D]
         loss = logits = None
         if labels is not None:
-            loss = self.compute_supervised_loss(hidden, labels, num_items_in_batch)
+            loss = self.compute_supervised_loss(hidden, labels, num_items_in_batch, label_smoothing)
         else:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.compute_logits(hidden[:, kept])
-        return LlavaCausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            image_hidden_states=outputs.image_hidden_states,
-        )
+        return llava.LlavaCausalLMOutputWithPast(loss=loss, logits=logits, **others)
 
-    def compute_supervised_loss(self, hidden: Tensor, labels: Tensor, num_items: Tensor | int | None = None) -> Tensor:
+    def compute_supervised_loss(
+        self, hidden: Tensor, labels: Tensor, num_items: Tensor | int | None = None, smoothing: float = 0.0
+    ) -> Tensor:
         """Cross entropy of the next token over supervised positions: [B, L, D], [B, L] -> scalar, in fp32.
 
         The head skips the other positions (98 % of them in pretraining), and at most LOSS_CHUNK rows of logits exist
@@ -277,7 +265,9 @@ class TinyLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         size = max(1, len(targets)) if is_sharded(self.lm_head) else LOSS_CHUNK
 
         def sum_loss(rows: Tensor, labels: Tensor) -> Tensor:
-            return F.cross_entropy(self.compute_logits(rows).float(), labels, reduction="sum")
+            # Rows beyond head_rows have probability 0: smoothing over them would be infinite.
+            logits = self.compute_logits(rows)[:, : self.config.head_rows].float()
+            return F.cross_entropy(logits, labels, reduction="sum", label_smoothing=smoothing)
 
         chunks = list(zip(hidden.split(size), targets.split(size), strict=True))
         if len(chunks) == 1:

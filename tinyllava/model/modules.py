@@ -1,8 +1,10 @@
-"""Find the repeated layers of a part by name, and replace a module by another."""
+"""Find the repeated layers of a part by name, and ask whether weights are sharded."""
 
 from itertools import zip_longest
 
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from tinyllava.vision_towers import CompositeTower
 
@@ -27,7 +29,8 @@ def find_blocks(module: nn.Module) -> list[str]:
     return [f"{name}.{index}" for index in range(len(blocks))]
 
 
-def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Put `module` in the place called `name`."""
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
+def is_sharded(module: nn.Module) -> bool:
+    """Whether ZeRO-3 or FSDP2 shards the weights. Every rank must then call the same modules in the same order."""
+    if not dist.is_initialized():  # checked first, because generation asks at every token
+        return False
+    return any(hasattr(parameter, "ds_id") or isinstance(parameter, DTensor) for parameter in module.parameters())

@@ -18,13 +18,13 @@ from transformers.utils import logging as transformers_logging
 from tinyllava.config import PART_TITLES, LLMSpec, ModelSpec, TokenizerSpec, VisionTowerSpec
 from tinyllava.errors import UserError
 from tinyllava.factory import Factory, suggest_nearest
-from tinyllava.llms import import_llm
+from tinyllava.files import FAULTS, check_model_files, shorten_error
 from tinyllava.model import gguf
-from tinyllava.vision_towers import get_family_name, import_tower, is_composite, join_tower_configs, split_tower_name
+from tinyllava.vision_towers import get_family_name, import_tower, join_tower_configs, split_tower_name
 
 logger = logging.getLogger("tinyllava")
 FAMILIES = {"llm": "llms", "vision_tower": "vision_towers"}
-IMPORTS = {"llm": import_llm, "vision_tower": import_tower}
+IMPORTS = {"llm": Factory("llms").import_file, "vision_tower": import_tower}
 TITLES = {**PART_TITLES, "tokenizer": "tokenizer"}  # names in messages
 PART_KEYS = {"tokenizer": "llm.tokenizer"}  # keys of a recipe's `model:` that differ from the part's name
 PART_FOLDERS = {"tokenizer": "llm"}  # folders of nano/ that differ from the part's name
@@ -67,10 +67,21 @@ def read_named_config(part: str, name: str) -> PreTrainedConfig:
 
     def read(name: str, **kwargs: Any) -> PreTrainedConfig:
         fields, _ = PreTrainedConfig.get_config_dict(name, **kwargs)
+        check_unquantised(name, fields.get("quantization_config"))
         IMPORTS[part](fields.get("model_type"))  # before AutoConfig, which may know it only after this import
         return AutoConfig.from_pretrained(name, **kwargs)
 
     return load_named(part, name, read)
+
+
+def check_unquantised(name: object, settings: dict[str, Any] | None) -> None:
+    """Raise UserError for the `quantization_config` of stored weights: packed weights cannot be trained or merged."""
+    if settings:
+        method = dict(settings).get("quant_method")
+        raise UserError(
+            f"the weights in {name} are stored quantised ({method}). Give the ones that they were made from; qlora in a"
+            " recipe, and load_in_4bit=True, quantise them."
+        )
 
 
 def load_part(
@@ -86,7 +97,8 @@ def load_part(
             options["key_mapping"] = {r"^vision_tower\.": ""}
         with silence_transformers():
             model, info = load_named(part, name, auto.from_pretrained, **options)
-        model.config.name_or_path = name  # `nano`, not the folder of the package on this machine
+        # A path on this machine says nothing to others, and they should not see it.
+        model.config.name_or_path = Path(name).name if Path(name).expanduser().exists() else name
         if missing := sorted(info["missing_keys"]):
             count, first = len(missing), ", ".join(missing[:3])
             logger.warning("%d weights are missing in %s and start random: %s ...", count, name, first)
@@ -97,7 +109,7 @@ def load_part(
         initialize = getattr(Factory(FAMILIES[part]).get(spec.family), "initialize", None) if spec.family else None
         if initialize and not empty:
             initialize(model)
-    elif part == "vision_tower" and is_composite(spec.name):
+    elif part == "vision_tower" and len(split_tower_name(spec.name)) > 1:
         with torch.device("meta"):
             model = auto.from_config(config, **kwargs)
         model.load_members(split_tower_name(spec.name), load)
@@ -132,15 +144,9 @@ def fit_vocabulary(
     config: PreTrainedConfig, tokenizer: PreTrainedTokenizerFast, stated: dict[str, Any]
 ) -> PreTrainedConfig:
     """Set a config's vocabulary size and special ids to those of the tokenizer, unless the recipe states them."""
-    fields = {
-        "vocab_size": len(tokenizer),
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
-    for name, value in fields.items():
-        if name not in stated:
-            setattr(config, name, value)
+    special_ids = ("bos_token_id", "eos_token_id", "pad_token_id")
+    fields = {"vocab_size": len(tokenizer), **{name: getattr(tokenizer, name) for name in special_ids}}
+    config.update({name: value for name, value in fields.items() if name not in stated})
     return config
 
 
@@ -150,10 +156,13 @@ def load_named(part: str, name: str, load: Callable, **kwargs: Any) -> Any:
     if name.endswith(".gguf"):
         name = str(gguf.convert_gguf(Path(name).expanduser()))
     local = Path(name).is_dir()
+    if local:
+        check_model_files(Path(name))
     try:
-        return load(name, local_files_only=not local and not is_hub_reachable(), **kwargs)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0].rstrip(".") if local else "neither a directory nor on the Hub"
+        offline = not local and not is_hub_reachable()
+        return load(name, local_files_only=offline, trust_remote_code=False, **kwargs)  # None asks on the terminal
+    except FAULTS as error:
+        reason = shorten_error(error) if local else "neither a directory nor on the Hub"
         if not local and not is_hub_reachable():
             reason = "no such directory, not in the Hub's cache, and the Hub cannot be reached"
         raise UserError(

@@ -17,10 +17,15 @@ from transformers.image_transforms import to_pil_image
 from transformers.image_utils import make_flat_list_of_images
 from transformers.processing_utils import MultiModalData
 
+from tinyllava.data.images import open_image
 from tinyllava.data.sample import IMAGE_TOKEN
 from tinyllava.data.tiles import Grid, Tiles, count_image_tokens, count_views
 from tinyllava.model.configuration import TinyLlavaConfig
 from tinyllava.model.image_processor import KEEP_SIZE, RAW, load_trusted_class
+
+# How a tokenizer was loaded, which transformers would write into its files. An "auto_map" names code that is not there.
+LOADING = {"auto_map", "backend", "from_slow", "is_local", "local_files_only", "name_or_path", "processor_class"}
+LOADING |= {"_commit_hash", "special_tokens_map_file", "tokenizer_file", "trust_remote_code", "use_fast"}
 
 
 class TinyLlavaProcessor(LlavaProcessor):
@@ -82,7 +87,7 @@ class TinyLlavaProcessor(LlavaProcessor):
         if self.tiles is None:
             return super()._process_images(images, **kwargs)
         images = [
-            (image if isinstance(image, Image.Image) else to_pil_image(image)).convert("RGB")
+            open_image(image if isinstance(image, Image.Image) else to_pil_image(image))
             for image in make_flat_list_of_images(images)
         ]
         grids = self.choose_grids([image.size for image in images])
@@ -129,14 +134,9 @@ class TinyLlavaProcessor(LlavaProcessor):
 
     def to_plain(self) -> LlavaProcessor:
         """This processor as transformers' own class, for checkpoints that are plain llava."""
-        return LlavaProcessor(
-            image_processor=self.image_processor,
-            tokenizer=self.tokenizer,
-            patch_size=self.patch_size,
-            vision_feature_select_strategy=self.vision_feature_select_strategy,
-            num_additional_image_tokens=self.num_additional_image_tokens,
-            chat_template=self.chat_template,
-        )
+        names = ("image_processor", "tokenizer", "patch_size", "vision_feature_select_strategy")
+        names += ("num_additional_image_tokens", "chat_template")
+        return LlavaProcessor(**{name: getattr(self, name) for name in names})
 
 
 def build_processor(
@@ -148,6 +148,7 @@ def build_processor(
 ) -> TinyLlavaProcessor:
     """The processor of a model: image processor, tokenizer, chat template and number of image tokens."""
     tokenizer.chat_template = chat_template
+    clean_tokenizer(tokenizer)
     return TinyLlavaProcessor(
         image_processor=images,
         tokenizer=tokenizer,
@@ -159,6 +160,20 @@ def build_processor(
         tiles=config.tiles,
         code=config.image_processor,
     )
+
+
+def clean_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Let a tokenizer pad on the left, and forget how it was loaded and used, so that its files never depend on that.
+
+    Answers are appended on the right, so a batch of prompts must be padded on the left. Training pads by itself.
+    """
+    for name in LOADING:
+        tokenizer.init_kwargs.pop(name, None)
+    tokenizer.init_kwargs["padding_side"] = tokenizer.padding_side = "left"
+    tokenizer._processor_class = None  # saving a processor sets it
+    tokenizer.backend = "tokenizers"  # older files say "pil", and transformers then takes it for a slow tokenizer
+    tokenizer.backend_tokenizer.no_padding()
+    tokenizer.backend_tokenizer.no_truncation()
 
 
 AutoProcessor.register(TinyLlavaConfig, TinyLlavaProcessor)

@@ -3,8 +3,8 @@
 Shapes: I images, N tower tokens, Dv tower width.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
 from functools import partial
 
 import torch
@@ -18,24 +18,21 @@ class _LayerReached(Exception):
     """Raised inside a frozen tower when the last needed hidden state exists: no layer above it has to run."""
 
 
-@contextmanager
-def _stop_early(blocks: dict[int, nn.Module], states: dict[int, Tensor]) -> Iterator[None]:
-    """Store the input of each block in `states`, and end the forward at the highest block."""
+def _capture_inputs(tower: nn.Module, blocks: dict[int, str], run: Callable[[], object]) -> dict[int, Tensor]:
+    """The input of each block while `run()` runs the tower, which ends at the highest block."""
+    states: dict[int, Tensor] = {}
 
     def store(index: int, _module: nn.Module, args: tuple, kwargs: dict) -> None:
         states[index] = args[0] if args else kwargs["hidden_states"]
         if index == max(blocks):
             raise _LayerReached
 
-    hooks = {block: partial(store, index) for index, block in blocks.items()}
-    handles = [block.register_forward_pre_hook(hook, with_kwargs=True) for block, hook in hooks.items()]
-    try:
-        yield
-    except _LayerReached:
-        pass
-    finally:
-        for handle in handles:
-            handle.remove()
+    with ExitStack() as hooks, suppress(_LayerReached):
+        for index, name in blocks.items():
+            hook = tower.get_submodule(name).register_forward_pre_hook(partial(store, index), with_kwargs=True)
+            hooks.callback(hook.remove)
+        run()
+    return states
 
 
 def compute_states(tower: nn.Module, pixel_values: Tensor, indices: list[int], whole: bool) -> list[Tensor]:
@@ -54,9 +51,9 @@ def compute_states(tower: nn.Module, pixel_values: Tensor, indices: list[int], w
     options = make_size_options(tower.config, pixel_values)
     if not whole and max(indices) < tower.config.num_hidden_layers:
         # Hidden state k is the input of block k, which counts from 0.
-        names, states = find_blocks(tower), {}
-        with _stop_early({index: tower.get_submodule(names[index]) for index in indices}, states):
-            tower(pixel_values, **options)
+        names = find_blocks(tower)
+        blocks = {index: names[index] for index in indices}
+        states = _capture_inputs(tower, blocks, partial(tower, pixel_values, **options))
         return [states[index] for index in indices]
     hidden_states = tower(pixel_values, output_hidden_states=True, **options).hidden_states
     return [hidden_states[index] for index in indices]

@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from transformers import SiglipVisionConfig, SiglipVisionModel, TrainingArguments
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
-from tinyllava.atomic import write_text
+from tinyllava.atomic import apply_umask, write_text
 from tinyllava.console import output
 from tinyllava.stamps import patches
 from tinyllava.stamps.compose import Scene, draw_scene
@@ -155,6 +155,7 @@ def pretrain_tower(
     accuracy = measure_accuracy(model, SceneImages(tier, config, "check", CHECKED))
     save_file(model.state_dict(), output / WHOLE)
     _save_tower(tower, config, output)
+    apply_umask(output)
     runs = json.loads((start / MANIFEST).read_text(encoding="utf-8"))["runs"] if start else []
     runs = [*runs, {"pictures": count, "written": written, "seed": seed}]
     manifest = {**describe_tier(tier), "runs": runs, "accuracy": accuracy}

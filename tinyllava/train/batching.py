@@ -70,14 +70,17 @@ class PlannedStream(IterableDataset):
         self.global_batch_size, self.micro_batch_size, self.world_size = global_batch_size, micro_batch_size, world_size
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        """Passes over the stream without an end: a run resumes by skipping steps, also those of earlier passes."""
         size = self.global_batch_size
-        window: list[dict[str, Any]] = []
-        for item in self.dataset:
-            window.append(item)
-            # An incomplete last window is left out, because its ranks would have unequal shares.
-            if len(window) == size:
-                lengths = [len(sample["input_ids"]) for sample in window]
-                plan = Plan(lengths, size, self.micro_batch_size, self.world_size, order=range(size))
-                for batch in plan.iterate_epoch(0, self.rank):
-                    yield self.collate([window[entry.sample] for entry in batch])
-                window = []
+        has_steps = True
+        while has_steps:
+            has_steps, window = False, []
+            for item in self.dataset:
+                window.append(item)
+                # An incomplete last window is left out, because its ranks would have unequal shares.
+                if len(window) == size:
+                    lengths = [len(sample["input_ids"]) for sample in window]
+                    plan = Plan(lengths, size, self.micro_batch_size, self.world_size, order=range(size))
+                    for batch in plan.iterate_epoch(0, self.rank):
+                        yield self.collate([window[entry.sample] for entry in batch])
+                    has_steps, window = True, []

@@ -1,4 +1,4 @@
-"""What a stage puts into its checkpoints, and which one a run resumes from. checkpoint/saving.py writes the files."""
+"""What a stage puts into its checkpoints. checkpoint/saving.py writes the files."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +19,11 @@ class CheckpointWriter:
         """start_files: the files of the weights that the stage started from (see `train.start`)."""
         self.vlm, self.stage, self.record = vlm, stage, record
         self.untrained = find_untrained_parts(vlm.model)
+        self.dtypes = {
+            name: weight.stored_dtype
+            for name, weight in vlm.model.named_parameters()
+            if hasattr(weight, "stored_dtype")
+        }
         self.files = {part: files for part, files in start_files.items() if part in self.untrained}
 
     def write(
@@ -29,12 +34,7 @@ class CheckpointWriter:
         skipped: number of samples whose images could not be read. state: the weights, if gathered from shards.
         """
         run = {**self.record.describe_stage(self.stage, step), "skipped_in_training": skipped}
+        state = dict(state or self.vlm.model.state_dict())
+        state |= {name: state[name].to(dtype) for name, dtype in self.dtypes.items()}
         written = checkpoint.save(self.vlm, directory, run, state, self.files, name)
         self.files |= {part: [name / file.name for file in written[part]] for part in self.untrained}
-
-
-def find_last_checkpoint(output: Path) -> Path | None:
-    """The newest whole checkpoint of a stage that can be resumed; None without one."""
-    numbered = sorted(output.glob("checkpoint-*"), key=lambda path: int(path.name.rsplit("-", 1)[1]), reverse=True)
-    whole = (path for path in numbered if checkpoint.is_whole(path) and (path / "trainer_state.json").is_file())
-    return next(whole, None)

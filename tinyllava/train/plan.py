@@ -8,6 +8,7 @@ tests/train/test_plan.py is the specification.
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -26,6 +27,7 @@ class Entry(NamedTuple):
     is_filler: bool = False
 
 
+@dataclass
 class Plan:
     """Which samples each rank runs in each micro-batch.
 
@@ -34,35 +36,23 @@ class Plan:
     debugging.
     """
 
-    def __init__(
-        self,
-        lengths: Sequence[int] | np.ndarray,
-        global_batch_size: int,
-        micro_batch_size: int,
-        world_size: int = 1,
-        seed: int = 0,
-        order: Sequence[int] | None = None,
-    ) -> None:
-        accumulation, rest = divmod(global_batch_size, world_size * micro_batch_size)
-        if rest or not accumulation:
-            raise UserError(
-                f"global_batch_size {global_batch_size} is not a multiple of {world_size} device(s) x"
-                f" per_device_train_batch_size {micro_batch_size}. Change one of them."
-            )
-        if not len(lengths):
-            raise UserError("there are no samples to train on.")
-        self.lengths = np.asarray(lengths)
-        self.global_batch_size = global_batch_size
-        self.micro_batch_size = micro_batch_size
-        self.world_size = world_size
-        self.accumulation = accumulation
-        self.seed = seed
-        self.order = order
+    lengths: Sequence[int] | np.ndarray
+    global_batch_size: int
+    micro_batch_size: int
+    world_size: int = 1
+    seed: int = 0
+    order: Sequence[int] | None = None
 
-    @property
-    def steps_per_epoch(self) -> int:
-        """Optimiser steps of an epoch; the last one may be smaller."""
-        return -(-len(self.lengths) // self.global_batch_size)
+    def __post_init__(self) -> None:
+        self.accumulation, rest = divmod(self.global_batch_size, self.world_size * self.micro_batch_size)
+        if rest or not self.accumulation:
+            raise UserError(
+                f"global_batch_size {self.global_batch_size} is not a multiple of {self.world_size} device(s) x"
+                f" per_device_train_batch_size {self.micro_batch_size}. Change one of them."
+            )
+        if not len(self.lengths):
+            raise UserError("there are no samples to train on.")
+        self.lengths = np.asarray(self.lengths)
 
     @property
     def batches_per_epoch(self) -> int:
@@ -88,10 +78,6 @@ class Plan:
             steps = near[:whole].reshape(-1, size)
             exchanged += [steps[rng.permutation(len(steps))].ravel(), near[whole:]]
         return np.concatenate(exchanged)
-
-    def get_step(self, epoch: int, step: int) -> np.ndarray:
-        """The samples of one optimiser step."""
-        return self.shuffle(epoch)[step * self.global_batch_size : (step + 1) * self.global_batch_size]
 
     def split_step(self, samples: np.ndarray) -> list[list[list[Entry]]]:
         """The samples of a step as [rank][micro-batch][entry].
@@ -122,13 +108,3 @@ class Plan:
         order = self.shuffle(epoch)
         for start in range(0, len(order), self.global_batch_size):
             yield from self.split_step(order[start : start + self.global_batch_size])[rank]
-
-    def measure_padding(self) -> float:
-        """The share of padding in all positions of an epoch."""
-        used = padded = 0
-        for rank in range(self.world_size):
-            for batch in self.iterate_epoch(0, rank):
-                lengths = self.lengths[[entry.sample for entry in batch]]
-                used += int(lengths.sum())
-                padded += int(lengths.max()) * len(batch)
-        return 1.0 - used / padded if padded else 0.0

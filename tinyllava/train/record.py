@@ -1,40 +1,70 @@
-"""The record of a run, `run.json`: what made its weights. Every checkpoint has a copy in its own record."""
+"""The record of a run, `run.json`: what made its weights. Every checkpoint has a copy in its own record.
+
+A run resumes by the records of its checkpoints. `run.json` and `recipe.yaml` are for people, and are written again at
+every start.
+"""
 
 import json
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
+from transformers import TrainingArguments
+
 from tinyllava import atomic
 from tinyllava.config import Recipe
-from tinyllava.errors import UserError
+from tinyllava.config.read import parse_recipe
+from tinyllava.identity import check_same_run
 from tinyllava.provenance import get_git_state, get_versions
+from tinyllava.runs import RECIPE, RUN, read_begun_stages, read_start
 
-RUN = "run.json"
+logger = logging.getLogger("tinyllava")
+DEFAULTS = {field.name: field.default for field in fields(TrainingArguments) if field.default is not MISSING}
+OF_THE_RUN = ("recipe", "fingerprint", "versions", "git", "devices", "changes")
+NOT_OF_A_STAGE = (*OF_THE_RUN, "recipe_yaml", "stage", "step")  # in the record of a checkpoint
 
 
 class RunRecord:
     """The content of `run.json`: hash of the recipe, versions, git state, and the data and the progress of each stage.
 
-    Raises UserError when the directory holds the record of another recipe.
+    `changes` lists how the execution changed at each start. Raises UserError when the directory holds the run of
+    another recipe.
     """
 
     def __init__(self, directory: Path, recipe: Recipe, name: str) -> None:
-        self.path, self.recipe_yaml = directory / RUN, recipe.to_yaml()
+        self.directory, self.recipe_yaml = directory, recipe.to_yaml()
         self.content: dict[str, Any] = {
             "recipe": name,
             "fingerprint": recipe.compute_hash(),
             "versions": get_versions(),
             "git": get_git_state(),
+            "devices": int(os.environ.get("WORLD_SIZE", 1)),
             "stages": {stage: {"finished": False} for stage in recipe.stages},
         }
-        if self.path.is_file():
-            before = json.loads(self.path.read_text(encoding="utf-8"))
-            if before["fingerprint"] != self.content["fingerprint"]:
-                raise UserError(
-                    f"{directory} contains a run of another recipe, or of this recipe with other settings."
-                    " Choose another --output, or start again with --overwrite."
-                )
-            self.content["stages"] = before["stages"]
+        begun = read_begun_stages(directory)
+        runs = [
+            {**run, "settings": parse_recipe(run["recipe_yaml"], f"of the run {directory}").model_dump(mode="json")}
+            for run in begun or read_start(directory)
+        ]
+        now = {**self.content, "settings": recipe.model_dump(mode="json")}
+        self.changes = check_same_run(directory, runs, now, DEFAULTS)  # since the last start
+        self.content["changes"] = max((run.get("changes", []) for run in begun), key=len, default=[])
+        for run in begun:
+            self.content["stages"][run["stage"]] = {key: run[key] for key in run if key not in NOT_OF_A_STAGE}
+
+    def add_changes(self, stage: str, resumed: Mapping[str, Any]) -> None:
+        """Record and log what changed since the last start. resumed: the record of the checkpoint to resume from."""
+        if self.changes:
+            logger.info("stage %s: changed since the last start: %s", stage, ", ".join(map(str, self.changes)))
+        earlier, place = (
+            resumed.get("changes", self.content["changes"]),
+            {"stage": stage, "step": resumed.get("step", 0)},
+        )
+        self.content["changes"] = [*earlier, *(place | change.to_dict() for change in self.changes)]
+        self.changes = []
 
     def update_stage(self, name: str, **facts: Any) -> None:
         """Add facts about a stage, and write the file."""
@@ -42,10 +72,11 @@ class RunRecord:
         self.write()
 
     def write(self) -> None:
-        """Write the file."""
-        atomic.write_text(self.path, json.dumps(self.content, indent=2) + "\n")
+        """Write the file, and the recipe beside it."""
+        atomic.write_text(self.directory / RECIPE, self.recipe_yaml)
+        atomic.write_text(self.directory / RUN, json.dumps(self.content, indent=2) + "\n")
 
     def describe_stage(self, name: str, step: int) -> dict[str, Any]:
         """The part of the record that a checkpoint of this stage contains."""
-        facts = {key: self.content[key] for key in ("recipe", "fingerprint", "versions", "git")}
-        return {**facts, "recipe_yaml": self.recipe_yaml, "stage": name, "step": step, **self.content["stages"][name]}
+        facts = {key: self.content[key] for key in OF_THE_RUN}
+        return {**facts, "recipe_yaml": self.recipe_yaml, **self.content["stages"][name], "stage": name, "step": step}

@@ -14,36 +14,37 @@ A stage that quantises weights saves the unquantised ones in start/, unless it s
 
 import logging
 import os
-import shutil
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import TrainingArguments
+from accelerate import PartialState
+from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments
 
-from tinyllava import atomic
 from tinyllava.checkpoint import is_whole
 from tinyllava.config import Recipe, Stage
-from tinyllava.console import is_main_process, messages
+from tinyllava.console import is_main_process
 from tinyllava.data.dataset import SupervisedDataset, build_dataset, hold_out
 from tinyllava.data.options import DataOptions
+from tinyllava.data.sources import open_source
 from tinyllava.data.streaming import StreamingDataset
 from tinyllava.data.template import Template
 from tinyllava.errors import UserError
+from tinyllava.identity import check_data_unchanged, check_moved_data
 from tinyllava.model.vlm import VLM
+from tinyllava.runs import FINAL, START, check_is_run, delete_run, find_last_checkpoint, read_run
 from tinyllava.train.arguments import make_arguments
-from tinyllava.train.callbacks import ProgressBar, RunLog
-from tinyllava.train.checkpoints import CheckpointWriter, find_last_checkpoint
-from tinyllava.train.parts_table import make_parts_table
+from tinyllava.train.callbacks import RunLog
+from tinyllava.train.checkpoints import CheckpointWriter
 from tinyllava.train.precision import set_precision
 from tinyllava.train.record import RunRecord
 from tinyllava.train.sharding import check_sharding
 from tinyllava.train.start import WeightFiles, keep_unquantised, start_stage
 from tinyllava.train.trainer import Trainer
-from tinyllava.train.tune import TunedPart, apply_tuning, select_tuning
+from tinyllava.train.tune import TunedPart, apply_tuning, describe_parts, select_tuning
 
 logger = logging.getLogger("tinyllava")
-FINAL, START = "final", "start"
 # Models with fewer parameters train with one CPU thread, and the other core reads data. A second thread saved 7 % of
 # the time for 0.9 M parameters, and 35 % for 5 M (perf/README.md, Threads).
 ONE_THREAD = 3_000_000
@@ -62,38 +63,75 @@ class StageSetup:
     start_files: WeightFiles
 
 
-def run(recipe: Recipe, name: str, output: Path, overwrite: bool = False) -> Path:
+# Called with a stage's name, setup and directory before it trains: shows them, and returns what follows the training.
+Follow = Callable[[str, StageSetup, Path], Sequence[TrainerCallback]]
+
+
+def run(recipe: Recipe, name: str, output: Path, overwrite: bool = False, follow: Follow | None = None) -> Path:
     """Train all stages of `recipe` in the directory `output` and return the last stage's final checkpoint.
 
     Resumes an interrupted run and skips finished stages. Raises UserError when `output` holds another recipe's run.
     """
-    if overwrite and is_main_process():
-        shutil.rmtree(output, ignore_errors=True)
+    if overwrite:
+        start_over(recipe, output)
     record = RunRecord(output, recipe, name)
-    if is_main_process():
-        atomic.write_text(output / "recipe.yaml", recipe.to_yaml())
-        record.write()
+    check_stages(recipe, [stage for stage in recipe.stages if not is_whole(output / stage / FINAL)])
     previous: Path | None = None
-    for stage in recipe.stages:
+    for stage, settings in recipe.stages.items():
         final = output / stage / FINAL
         if is_whole(final):
+            check_moved_data(stage, settings.data, record.content["stages"][stage].get("data", ()), open_source)
             logger.info("stage %s: already finished", stage)
         else:
-            run_stage(recipe, stage, previous, output / stage, record)
+            run_stage(recipe, stage, previous, output / stage, record, follow)
         previous = final
+    record.add_changes(stage, {"step": record.content["stages"][stage].get("steps")})
+    if is_main_process():
+        record.write()
     return final
 
 
-def run_stage(recipe: Recipe, name: str, previous: Path | None, output: Path, record: RunRecord) -> None:
+def check_stages(recipe: Recipe, names: Iterable[str], trains: bool = True) -> None:
+    """Make the arguments of these stages, so that a wrong value of a late one stops the run before the first trains.
+
+    trains: whether they will train in this process. Raises UserError for a value that cannot be used.
+    """
+    for name in names:
+        args = make_arguments(recipe, name, Path("runs"))
+        if trains and args.fsdp and args.world_size == 1:
+            raise UserError(f"stages.{name}.trainer.fsdp requires several processes. Start the command with torchrun.")
+
+
+def start_over(recipe: Recipe, output: Path) -> None:
+    """Delete the run in `output`, after the recipe and the data of the new one were read without an error."""
+    check_is_run(output)
+    logger.info("checking the new run, before the old one in %s is deleted", output)
+    for name in recipe.stages:
+        prepare_stage(recipe, name, empty=True)
+    PartialState().wait_for_everyone()  # no process reads the old run while the main process deletes it
+    if is_main_process():
+        delete_run(output)
+    PartialState().wait_for_everyone()
+
+
+def run_stage(
+    recipe: Recipe, name: str, previous: Path | None, output: Path, record: RunRecord, follow: Follow | None = None
+) -> None:
     """Run one stage in the directory `output`, from the checkpoint of the stage before: prepare, train, save."""
     setup = prepare_stage(recipe, name, previous, output)
-    if is_main_process():
-        messages.print(make_parts_table(setup.parts, setup.args.learning_rate))
-        facts = {"data": setup.dataset.sources, "bad_samples": setup.dataset.bad_records.to_dict()}
-        record.update_stage(name, **facts, tuned=[vars(part) for part in setup.parts])
-
     trainer = make_trainer(setup, name, output, record)
-    last = find_last_checkpoint(output)
+    engine = "deepspeed" if trainer.is_deepspeed_enabled else "fsdp" if trainer.is_fsdp_enabled else "plain"
+    last = find_last_checkpoint(output, engine, setup.args.world_size)
+    before = read_run(last) if last else {}
+    listed = setup.validation.sources if isinstance(setup.stage.validation, list) else []  # else it is a share of data
+    facts = {"data": setup.dataset.sources, "validation": listed, "bad_samples": setup.dataset.bad_records.to_dict()}
+    check_data_unchanged(name, before, facts)
+    record.add_changes(name, before)
+    if is_main_process():
+        record.update_stage(name, **facts, tuned=[vars(part) for part in setup.parts])
+    for callback in follow(name, setup, output) if follow else ():
+        trainer.add_callback(callback)
+
     samples = "streamed data" if isinstance(setup.dataset, StreamingDataset) else f"{len(setup.dataset):,} samples"
     logger.info("stage %s: %s", name, f"resuming from {last.name}" if last else f"training on {samples}")
     trainer.train(resume_from_checkpoint=str(last) if last else None)
@@ -121,9 +159,12 @@ def prepare_stage(
     parts = apply_tuning(vlm.model, stage.tune, recipe.seed, selections)
     logger.info("stage %s: %s", name, ", ".join(f"{part.title} {part.tuning}" for part in parts))
 
-    args = make_arguments(stage, output, recipe.seed)
+    args = make_arguments(recipe, name, output)
+    if args.save_only_model:
+        logger.info("stage %s: it cannot be resumed, because `save_only_model: true` saves no optimiser state", name)
     check_sharding(selections, args)
-    set_precision(vlm.model, args)
+    set_precision(vlm.model, args, is_half_chosen=recipe.model.dtype in ("bfloat16", "float16"))
+    parts = describe_parts(vlm.model, stage.tune)
 
     logger.info("stage %s: reading %s", name, ", ".join(spec.path for spec in stage.data))
     dataset, validation = read_data(recipe, stage, vlm)
@@ -153,6 +194,7 @@ def make_data_options(recipe: Recipe, stage: Stage, vlm: VLM) -> DataOptions:
         tiles=vlm.processor.tiling,
         pixels=vlm.processor.to_pixels,
         max_length=stage.max_length or recipe.model.max_length,
+        supervised_turns=stage.supervised_turns,
         on_bad_sample=stage.on_bad_sample,
         seed=recipe.seed,
         draft=2 * vlm.model.config.image_size,
@@ -165,6 +207,8 @@ def make_trainer(
     """The Trainer of a stage. `order` fixes the order of samples (see plan.py)."""
     if setup.args.use_cpu and "OMP_NUM_THREADS" not in os.environ and setup.vlm.model.num_parameters() < ONE_THREAD:
         torch.set_num_threads(1)
+    early = setup.stage.early_stopping
+    stopping = [EarlyStoppingCallback(early.patience, early.threshold)] if early else []
     return Trainer(
         vlm=setup.vlm,
         args=setup.args,
@@ -172,6 +216,6 @@ def make_trainer(
         dataset=setup.dataset,
         validation=setup.validation,
         writer=CheckpointWriter(setup.vlm, name, record, setup.start_files),
-        callbacks=[RunLog(output), ProgressBar(name)],
+        callbacks=[RunLog(output), *stopping],
         order=order,
     )

@@ -18,7 +18,7 @@ from tinyllava.console import is_main_process
 from tinyllava.data.sample import Sample
 from tinyllava.data.sources import open_source
 from tinyllava.data.tokenizer import train_tokenizer
-from tinyllava.model.build import build, load_template
+from tinyllava.model.build import add_tokens, build, load_template
 from tinyllava.model.parts import DTYPES
 from tinyllava.model.vlm import VLM
 from tinyllava.tuning import Selection
@@ -31,7 +31,9 @@ def start_run(recipe: Recipe, empty: bool = False) -> VLM:
     model = recipe.model
     if model.checkpoint is None:
         return build(model, make_tokenizer(recipe), recipe.seed, empty)
-    return checkpoint.load(Path(model.checkpoint), DTYPES[model.dtype], **model.lacking.to_keywords())
+    vlm = checkpoint.load(Path(model.checkpoint), DTYPES[model.dtype], **model.lacking.to_keywords())
+    add_tokens(vlm, model.add_tokens)
+    return vlm
 
 
 def start_stage(recipe: Recipe, previous: Path | None, empty: bool = False) -> tuple[VLM, WeightFiles]:
@@ -48,7 +50,7 @@ def start_stage(recipe: Recipe, previous: Path | None, empty: bool = False) -> t
     if has_adapter(vlm.model):
         merge_adapter(vlm.model)
         return vlm, {}
-    converted = previous is None and recipe.model.dtype != "auto"
+    converted = previous is None and (recipe.model.dtype != "auto" or bool(recipe.model.add_tokens))
     return vlm, {} if converted else find_part_files(Path(source))
 
 
@@ -57,7 +59,8 @@ def make_tokenizer(recipe: Recipe) -> PreTrainedTokenizerFast | None:
     llm = recipe.model.llm
     if not isinstance(llm.tokenizer, TokenizerSpec):
         return None
-    return train_tokenizer(load_template(recipe.model), read_training_samples(recipe), llm.tokenizer.vocab_size)
+    texts, size = read_training_samples(recipe), llm.tokenizer.vocab_size
+    return train_tokenizer(load_template(recipe.model), texts, size, recipe.model.add_tokens)
 
 
 def read_training_samples(recipe: Recipe) -> Iterator[Sample]:

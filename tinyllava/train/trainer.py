@@ -1,5 +1,7 @@
 """HF Trainer with planned batches, a learning rate for each part, whole checkpoints and helpful errors."""
 
+import logging
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -12,10 +14,14 @@ import transformers
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import TrainingArguments
+from transformers.integrations.deepspeed import deepspeed_load_checkpoint
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback
-from transformers.trainer_utils import rotate_checkpoints
+from transformers.trainer_utils import TrainOutput
 
 from tinyllava import atomic, checkpoint
+from tinyllava.checkpoint.adapter import has_adapter
+from tinyllava.checkpoint.record import add_training_state
 from tinyllava.config import Stage
 from tinyllava.console import is_main_process
 from tinyllava.data.collate import Collator
@@ -24,10 +30,15 @@ from tinyllava.data.labels import IGNORE
 from tinyllava.data.streaming import StreamingDataset
 from tinyllava.errors import UserError
 from tinyllava.model.vlm import VLM
+from tinyllava.runs import has_stopped_early, make_room, rotate_checkpoints
 from tinyllava.train.batching import PlannedBatches, PlannedDataset, PlannedLoader, PlannedStream
 from tinyllava.train.checkpoints import CheckpointWriter
 from tinyllava.train.plan import Plan
 from tinyllava.train.tune import find_layer_classes, make_parameter_groups
+
+# It warns about intervals and micro-batches that changed since the checkpoint. The run's record names these changes.
+logging.getLogger("transformers.trainer_utils").addFilter(lambda line: "do not match the ones" not in line.getMessage())
+logger = logging.getLogger("tinyllava")
 
 
 class Trainer(transformers.Trainer):
@@ -53,6 +64,7 @@ class Trainer(transformers.Trainer):
         self.skipped: set[int] = set()  # samples whose images could not be read
         self.logged_at: float | None = None
         self.partial: Path | None = None  # where a checkpoint is being written
+        self.final_step: int | None = None  # of the best weights, once they are loaded
         # FSDP gathers one layer at a time. CLIP's and SigLIP's own lists also name classes of their text models.
         if args.fsdp:
             vlm.model._no_split_modules = find_layer_classes(vlm.model)
@@ -64,7 +76,8 @@ class Trainer(transformers.Trainer):
             data_collator=Collator(vlm.tokenizer.pad_token_id),
             callbacks=callbacks,
         )
-        self.remove_callback(PrinterCallback)  # our ProgressBar shows the numbers
+        self.remove_callback(PrinterCallback)  # it would print every log
+        self.label_smoother = None  # the model smooths, where it computes the loss; HF's would not shift the labels
 
     # -- batches -------------------------------------------------------------------------------------------------------
 
@@ -72,7 +85,10 @@ class Trainer(transformers.Trainer):
         """The planned micro-batches of this rank. accelerate must not prepare them: it would shard them again."""
         args, workers = self.args, self.args.dataloader_num_workers
         shape = (self.stage.global_batch_size, args.per_device_train_batch_size, args.world_size)
-        kwargs = {"num_workers": workers, "pin_memory": torch.cuda.is_available(), "persistent_workers": workers > 0}
+        kwargs = {"num_workers": workers, "persistent_workers": workers > 0}
+        kwargs |= {"pin_memory": args.dataloader_pin_memory and torch.cuda.is_available()}
+        kwargs |= {"prefetch_factor": args.dataloader_prefetch_factor}
+        kwargs |= {"multiprocessing_context": args.dataloader_multiprocessing_context if workers else None}
         if isinstance(self.dataset, StreamingDataset):
             if args.max_steps <= 0:
                 raise UserError("the length of streamed data is unknown: set trainer.max_steps.")
@@ -109,11 +125,15 @@ class Trainer(transformers.Trainer):
         index, skipped = inputs.pop("index"), inputs.pop("skipped", None)
         if skipped is not None:
             self.skipped |= set(index[skipped].tolist())
+        inputs["label_smoothing"] = self.args.label_smoothing_factor  # only here: validation shows the plain loss
         loss = super().training_step(model, inputs, num_items_in_batch)
         if not torch.isfinite(loss):
+            is_half = any(p.dtype == torch.float16 for p in model.parameters() if p.requires_grad)
+            remedy = ", or train in bf16 instead of fp16" if self.args.fp16 else ""
+            remedy = ", or remove `model.dtype: float16`" if is_half and not remedy else remedy
             raise UserError(
                 f"the loss of step {self.state.global_step + 1} is {loss.item()} (samples {self._list_ids(index)})."
-                " Lower the learning rate, or train in bf16 instead of fp16. Earlier checkpoints are intact."
+                f" Lower the learning rate{remedy}. Earlier checkpoints are intact."
             )
         return loss
 
@@ -149,6 +169,16 @@ class Trainer(transformers.Trainer):
                 logs[f"lr/{group['part']}"] = logs["learning_rate"] * ratio
         super().log(logs, start_time)
 
+    # -- resuming ------------------------------------------------------------------------------------------------------
+
+    def _init_training_state(self, max_steps: int, *args: Any) -> tuple[int, int]:
+        start = super()._init_training_state(max_steps, *args)
+        # HF takes the intervals of logs, saves and evaluations from the checkpoint. They may change at a resume.
+        self.state.compute_steps(self.args, max_steps)
+        # A run that was killed after its last step, but before `final`: HF would train one step more.
+        is_over = self.state.global_step >= max_steps or has_stopped_early(self.state)
+        return (sys.maxsize, 0) if is_over else start
+
     # -- validation ----------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -180,6 +210,34 @@ class Trainer(transformers.Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
+    # -- the best weights ----------------------------------------------------------------------------------------------
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """Whether the loss is the lowest so far. Its weights are saved at once, whatever save_steps is."""
+        is_best = super()._determine_best_metric(metrics, trial)
+        self.control.should_save |= is_best and self.args.load_best_model_at_end
+        return is_best
+
+    def find_best_checkpoint(self) -> Path | None:
+        """The checkpoint with the lowest validation loss, if that is asked for and was saved."""
+        path = Path(self.args.output_dir) / f"checkpoint-{self.state.best_global_step}"
+        return path if path.is_dir() else None
+
+    def _finalize_training(self, *args: Any) -> TrainOutput:
+        """Load the best weights, if asked. HF would load other files, and delete all other checkpoints."""
+        best, self.state.best_model_checkpoint = self.find_best_checkpoint(), None
+        if self.args.load_best_model_at_end and best is None:
+            logger.warning("no checkpoint with the best weights is there: the last weights are saved.")
+        elif self.args.load_best_model_at_end:
+            logger.info("the best weights are those of %s: loss %.4f", best.name, self.state.best_metric)
+            if self.is_deepspeed_enabled:
+                strict = not has_adapter(self.model)
+                deepspeed_load_checkpoint(self.model_wrapped, str(best), load_module_strict=strict)
+            else:
+                checkpoint.restore(self.model, best)
+            self.final_step = self.state.best_global_step
+        return super()._finalize_training(*args)
+
     # -- checkpoints ---------------------------------------------------------------------------------------------------
 
     def _get_output_dir(self, trial: Any) -> str:
@@ -198,10 +256,15 @@ class Trainer(transformers.Trainer):
                 for path in list(inner.iterdir()):
                     path.rename(self.partial / path.name)
                 inner.rmdir()
+                # HF has recorded the best checkpoint by its path in the partial directory.
+                best_step = self.state.best_global_step
+                self.state.best_model_checkpoint = best_step and str(final.with_name(f"checkpoint-{best_step}"))
+                self.state.save_to_json(str(self.partial / TRAINER_STATE_NAME))
+                add_training_state(self.partial)
+                make_room(final)
         self.partial = None
         if self.args.should_save:
-            limit = self.args.save_total_limit
-            rotate_checkpoints(output_dir=self.args.output_dir, save_total_limit=limit, use_mtime=False)
+            rotate_checkpoints(final, self.args.save_total_limit, f"checkpoint-{self.state.best_global_step}")
         self.accelerator.wait_for_everyone()
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
@@ -216,13 +279,15 @@ class Trainer(transformers.Trainer):
         is_sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
         state = self.accelerator.get_state_dict(self.model_wrapped) if is_sharded else None
         if is_main_process():
+            make_room(directory)
             with atomic.write_directory(directory) as partial:
                 self.write_checkpoint(partial, directory, state)
         self.accelerator.wait_for_everyone()
 
     def write_checkpoint(self, directory: Path, name: Path, state: dict[str, Tensor] | None = None) -> None:
         """Write a checkpoint into `directory`, which will be renamed to `name`."""
-        self.writer.write(directory, name, self.state.global_step, len(self.skipped), state)
+        step = self.final_step or self.state.global_step
+        self.writer.write(directory, name, step, len(self.skipped), state)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         checkpoint.restore(self.model, Path(resume_from_checkpoint))

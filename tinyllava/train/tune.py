@@ -4,7 +4,9 @@ Any mix of tunings works: each selects only from its own part (tuning/__init__.p
 name.
 """
 
+import logging
 import re
+from collections import ChainMap
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
@@ -23,6 +25,7 @@ from tinyllava.model.modules import find_blocks
 from tinyllava.model.quantise import count_weights, quantise
 from tinyllava.tuning import Selection, TunablePart
 
+logger = logging.getLogger("tinyllava")
 MODULES = {  # the name of each part in the model
     "vision_tower": "model.vision_tower",
     "connector": "model.multi_modal_projector",
@@ -83,6 +86,17 @@ def apply_tuning(
         raise UserError(
             "every part is frozen, so there is nothing to train. Set tune.vision_tower, .connector or .llm."
         )
+    new = {*(model.config.new_tokens or [])} - {model.config.image_token_id}
+    if new and not model.get_input_embeddings().weight.requires_grad:
+        remedy = "{embeddings: {}}, {lora: {new_tokens: true}} or full"
+        logger.warning(
+            "%d new tokens of the LLM are not trained in this stage. With tune.llm %s, they are.", len(new), remedy
+        )
+    return describe_parts(model, tune)
+
+
+def describe_parts(model: TinyLlavaForConditionalGeneration, tune: Tune) -> list[TunedPart]:
+    """A row for each part of a tuned model."""
     return [_describe_part(model, part, tune) for part in PARTS]
 
 
@@ -124,9 +138,8 @@ def get_tunable_part(model: TinyLlavaForConditionalGeneration, part: str) -> Tun
     if part == "vision_tower":
         used = model.model.find_used_tower_parameters()
         names = [name for name in names if name in used]
-    new_rows = {}
-    if part == "llm" and model.config.new_tokens:
-        new_rows = {f"{model.get_embeddings_name()}.weight": model.config.new_tokens}
+    new_tokens = model.config.new_tokens if part == "llm" else None
+    new_rows = {f"{model.get_embeddings_name()}.weight": new_tokens} if new_tokens else {}
     return TunablePart(name=part, module=module, blocks=find_blocks(module), parameters=names, new_rows=new_rows)
 
 
@@ -136,37 +149,33 @@ def make_lora_config(selections: Mapping[str, Selection]) -> LoraConfig:
     Raises UserError when another field differs, or when peft has no such field.
     """
     adapted = {part: selection for part, selection in selections.items() if selection.lora_targets}
-    shared = _find_shared_fields(adapted)
+    _check_fields(adapted)
     configs = {f"{re.escape(MODULES[part])}\\..*": LoraConfig(**selection.lora) for part, selection in adapted.items()}
-    first = next(iter(configs.values()))
     patterns = configs if len(configs) > 1 else {}
     return LoraConfig(
-        r=first.r,
-        lora_alpha=first.lora_alpha,
+        **ChainMap(*(selection.lora for selection in adapted.values())),  # of several ranks, the first part's
         target_modules=[
             f"{MODULES[part]}.{name}" for part, selection in adapted.items() for name in selection.lora_targets
         ],
         rank_pattern={pattern: config.r for pattern, config in patterns.items()},
         alpha_pattern={pattern: config.lora_alpha for pattern, config in patterns.items()},
-        **shared,
     )
 
 
-def _find_shared_fields(adapted: Mapping[str, Selection]) -> dict[str, Any]:
-    """The fields of LoraConfig that must be equal for all adapted parts: all but rank and alpha."""
+def _check_fields(adapted: Mapping[str, Selection]) -> None:
+    """Raise UserError unless peft has these fields, and those except rank and alpha are equal for all adapted parts."""
     known = {field.name for field in fields(LoraConfig)}
-    shared: dict[str, tuple[str, Any]] = {}  # {field: (the first part that sets it, value)}
+    set_first: dict[str, tuple[str, Any]] = {}  # {field: (the first part that sets it, value)}
     for part, selection in adapted.items():
         for field, value in selection.lora.items():
             if field not in known:
                 raise UserError(f"peft's LoraConfig has no field '{field}'{suggest_nearest(field, sorted(known))}")
-            first, agreed = shared.setdefault(field, (part, value))
+            first, agreed = set_first.setdefault(field, (part, value))
             if agreed != value and field not in ("r", "lora_alpha"):
                 raise UserError(
                     f"{field} is {agreed} for the {first} and {value} for the {part}, but peft has one for all parts."
                     " Make them equal."
                 )
-    return {field: value for field, (_, value) in shared.items() if field not in ("r", "lora_alpha")}
 
 
 def find_untrained_parts(model: TinyLlavaForConditionalGeneration) -> list[str]:

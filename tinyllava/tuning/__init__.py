@@ -15,9 +15,13 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
+import pydantic
 from torch import nn
 
 from tinyllava.errors import UserError
+
+# A tuning's class becomes a dataclass of its options, which checks their types and refuses unknown ones.
+declare_options = pydantic.dataclasses.dataclass(config=pydantic.ConfigDict(extra="forbid"))
 
 
 @dataclass(frozen=True)

@@ -7,13 +7,10 @@ token took a spare one. The model's config lists them. All other rows keep every
 have no weight decay.
 """
 
-from pydantic import ConfigDict
-from pydantic.dataclasses import dataclass
-
-from tinyllava.tuning import Selection, TunablePart
+from tinyllava.tuning import Selection, TunablePart, declare_options
 
 
-@dataclass(config=ConfigDict(extra="forbid"))
+@declare_options
 class Tuning:
     """Train the rows of new tokens."""
 

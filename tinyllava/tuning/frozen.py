@@ -1,12 +1,9 @@
 """`frozen`: do not train the part. A frozen vision tower runs without autograd."""
 
-from pydantic import ConfigDict
-from pydantic.dataclasses import dataclass
-
-from tinyllava.tuning import Selection, TunablePart
+from tinyllava.tuning import Selection, TunablePart, declare_options
 
 
-@dataclass(config=ConfigDict(extra="forbid"))
+@declare_options
 class Tuning:
     """Train nothing."""
 

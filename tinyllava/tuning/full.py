@@ -1,12 +1,9 @@
 """`full`: train every parameter of the part that the loss depends on."""
 
-from pydantic import ConfigDict
-from pydantic.dataclasses import dataclass
-
-from tinyllava.tuning import Selection, TunablePart
+from tinyllava.tuning import Selection, TunablePart, declare_options
 
 
-@dataclass(config=ConfigDict(extra="forbid"))
+@declare_options
 class Tuning:
     """Train all used parameters.
 

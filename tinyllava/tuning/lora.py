@@ -10,17 +10,16 @@ changes. Your own tuning can set any field of peft's LoraConfig in `Selection.lo
 import re
 from typing import Literal
 
-from pydantic import ConfigDict, Field
-from pydantic.dataclasses import dataclass
+from pydantic import Field
 
 from tinyllava.errors import UserError
-from tinyllava.tuning import Selection, TunablePart, find_linear_layers
+from tinyllava.tuning import Selection, TunablePart, declare_options, find_linear_layers
 
 PROJECTIONS = r"(^|\.)(to_)?(q|k|v|o|kv|qkv|out|query|key|value)(_proj)?$"
 ATTENTION = rf"{PROJECTIONS}|(attn|attention)\.(.*\.)?dense$"  # Phi's and DINOv2's output projections are `dense`
 
 
-@dataclass(config=ConfigDict(extra="forbid"))
+@declare_options
 class Tuning:
     """Train adapters of rank `r`, scaled by alpha / r (rsLoRA: alpha / sqrt(r)).
 

@@ -5,14 +5,13 @@ In a recipe:
     tune: {vision_tower: {partial: {last: 12}}}
 """
 
-from pydantic import ConfigDict, Field
-from pydantic.dataclasses import dataclass
+from pydantic import Field
 
 from tinyllava.errors import UserError
-from tinyllava.tuning import Selection, TunablePart
+from tinyllava.tuning import Selection, TunablePart, declare_options
 
 
-@dataclass(config=ConfigDict(extra="forbid"))
+@declare_options
 class Tuning:
     """Train the `last` layers. Only used layers count: with feature layer -2, a tower's last layer is not used."""
 

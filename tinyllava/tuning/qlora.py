@@ -9,16 +9,13 @@ bitsandbytes. Layers compute in the stage's dtype (bf16 with `trainer: {bf16: tr
 
 from dataclasses import replace
 
-from pydantic import ConfigDict
-from pydantic.dataclasses import dataclass
-
 from tinyllava.errors import UserError
-from tinyllava.tuning import Selection, TunablePart, find_linear_layers, lora
+from tinyllava.tuning import Selection, TunablePart, declare_options, find_linear_layers, lora
 
 NF4 = {"quant_type": "nf4", "compress_statistics": True}  # compress_statistics: the scales are quantised as well
 
 
-@dataclass(config=ConfigDict(extra="forbid"))
+@declare_options
 class Tuning(lora.Tuning):
     """LoRA on quantised layers: those of the repeated blocks, or all layers of a part without blocks."""
 

@@ -102,13 +102,8 @@ def find_family(config: PreTrainedConfig) -> Any:
 
 
 def import_tower(model_type: str | None) -> None:
-    """Import the package's file for a `model_type`, if there is one.
-
-    Call this before the Auto classes meet the model_type: a file whose classes transformers does not have registers
-    them when it is imported.
-    """
-    if model_type:
-        Factory("vision_towers").import_file(_strip_suffix(model_type))
+    """Import the package's file for a `model_type`, if there is one, as `Factory.import_file` does for an LLM's."""
+    Factory("vision_towers").import_file(_strip_suffix(model_type or ""))
 
 
 def split_tower_name(name: str) -> list[str]:
@@ -125,11 +120,6 @@ def join_tower_configs(name: str, members: list[Any]) -> Any:
     """
     family = _find_composite(name)
     return family.join_configs(members) if family else members[0]
-
-
-def is_composite(name: str) -> bool:
-    """Whether `name` stands for a tower that is made of others."""
-    return _find_composite(name) is not None
 
 
 def _find_composite(name: str) -> Any:

@@ -3,14 +3,11 @@
 from transformers import PretrainedConfig
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
+from tinyllava.vision_towers.clip import VisionTower as CLIP
 
-class VisionTower:
-    """What transformers cannot know about a DINOv2 tower."""
 
-    @staticmethod
-    def prefix_tokens(config: PretrainedConfig) -> int:
-        """One: the CLS token."""
-        return 1
+class VisionTower(CLIP):
+    """One CLS token, as in CLIP, and another image processor."""
 
     @staticmethod
     def image_processor(config: PretrainedConfig) -> dict:

@@ -7,14 +7,11 @@ config).
 from transformers import PretrainedConfig
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, PILImageResampling
 
+from tinyllava.vision_towers.dinov2_with_registers import VisionTower as DINOv2WithRegisters
 
-class VisionTower:
-    """What transformers cannot know about a DINOv3 tower."""
 
-    @staticmethod
-    def prefix_tokens(config: PretrainedConfig) -> int:
-        """The number of registers, and one for the CLS token."""
-        return 1 + config.num_register_tokens
+class VisionTower(DINOv2WithRegisters):
+    """The leading tokens of DINOv2 with registers, and another image processor."""
 
     @staticmethod
     def image_processor(config: PretrainedConfig) -> dict:

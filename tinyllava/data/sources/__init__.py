@@ -19,12 +19,9 @@ import importlib
 from pathlib import Path
 from types import ModuleType
 
-import tinyllava.data.sources.hub as hub
-import tinyllava.data.sources.llava_json as llava_json
-import tinyllava.data.sources.messages as messages
-import tinyllava.data.sources.stamps as stamps
 from tinyllava.cache import find_cache_root
 from tinyllava.config import DataSpec
+from tinyllava.data.sources import hub, llava_json, messages, stamps
 from tinyllava.data.sources._json import check_exists, parse_records
 from tinyllava.data.sources.source import Source as Source
 from tinyllava.data.sources.source import unpack as unpack

@@ -37,10 +37,8 @@ SUFFIXES = (".json", ".jsonl", ".ndjson")
 
 def has_key(path: str, key: str) -> bool:
     """Whether `path` is a JSON file whose first records have `key`."""
-    if not is_json(path):
-        return False
     values = (value for _, value in islice(parse_records(Path(path)), FIRST))
-    return key in {name for value in values if isinstance(value, dict) for name in value}
+    return is_json(path) and any(key in value for value in values if isinstance(value, dict))
 
 
 def is_json(path: str) -> bool:

@@ -6,16 +6,14 @@ The columns decide the format of the records: `conversations` (and `image`) is L
 Hub's. Images may be paths, bytes or the Image feature. They stay encoded until a worker needs them.
 """
 
-import hashlib
 import re
 from pathlib import Path
-from typing import Any
 
 import datasets
 
 import tinyllava.data.sources.llava_json as llava_json
 import tinyllava.data.sources.messages as messages
-from tinyllava.cache import digest
+from tinyllava.cache import digest, hash_files
 from tinyllava.config import DataSpec
 from tinyllava.data.sources._json import SUFFIXES
 from tinyllava.data.sources.source import Source, list_image_folders
@@ -49,8 +47,9 @@ def read(spec: DataSpec, cache_dir: Path) -> Source:
     local = Path(spec.path)
     roots = list_image_folders(spec, [str(local if local.is_dir() else local.parent)] if local.exists() else [])
     if isinstance(records, datasets.IterableDataset):
-        key = digest(spec.path, spec.name, spec.split, columns)
-        return Source(spec.path, records.decode(False), record_format.to_sample, roots, key, key)
+        named = digest(spec.path, spec.name, spec.split, columns)
+        files = hash_files(spec.path) or named  # on the Hub, only the names are known
+        return Source(spec.path, records.decode(False), record_format.to_sample, roots, named, files)
     records = records.with_format("arrow")  # undecoded
     return Source(spec.path, records, record_format.to_sample, roots, hash_records(records), records._fingerprint)
 
@@ -64,15 +63,14 @@ def _load(spec: DataSpec, cache_dir: Path) -> datasets.Dataset | datasets.Iterab
                 raise ValueError(f"unknown split '{spec.split}'; it has {', '.join(saved)}")
             saved = saved[spec.split]
         return saved.to_iterable_dataset() if spec.streaming else saved
+    # What comes from the Hub stays in the Hub's own cache.
+    cache = str(cache_dir / "datasets") if path.suffix == ".parquet" or path.is_dir() else None
     if path.suffix == ".parquet":
-        cache = str(cache_dir / "datasets")
         return datasets.load_dataset(
             "parquet", data_files=str(path), split="train", streaming=spec.streaming, cache_dir=cache
         )
     if not path.exists() and not HUB_ID.fullmatch(spec.path):
         raise FileNotFoundError("no such file or folder")
-    # What comes from the Hub stays in the Hub's own cache.
-    cache = str(cache_dir / "datasets") if path.is_dir() else None
     return datasets.load_dataset(spec.path, spec.name, split=spec.split, streaming=spec.streaming, cache_dir=cache)
 
 
@@ -90,13 +88,5 @@ def hash_records(records: datasets.Dataset) -> str:
     """A hash of the count, the columns and 32 records at each end: reading all records may take hours."""
     count = len(records)
     ends = [*range(min(HASHED, count)), *range(max(HASHED, count - HASHED), count)]
-    rows = (_to_hashable(records[row].to_pylist()[0]) for row in ends)
+    rows = (digest(records[row].to_pylist()[0]) for row in ends)
     return digest(count, sorted(records.column_names), *rows)
-
-
-def _to_hashable(value: Any) -> Any:
-    if isinstance(value, bytes):
-        return hashlib.sha256(value).hexdigest()
-    if isinstance(value, dict):
-        return {key: _to_hashable(item) for key, item in value.items()}
-    return [_to_hashable(item) for item in value] if isinstance(value, list) else value

@@ -11,7 +11,7 @@ from typing import Any
 from tinyllava.config import DataSpec
 from tinyllava.data.sample import Sample
 from tinyllava.data.sources._json import has_key, open_json
-from tinyllava.data.sources.source import Source, unpack_images
+from tinyllava.data.sources.source import Source, unpack
 
 
 def matches(path: str) -> bool:
@@ -26,4 +26,4 @@ def read(spec: DataSpec, cache_dir: Path) -> Source:
 
 def to_sample(record: dict[str, Any]) -> Sample:
     """The Sample of a raw record."""
-    return Sample.from_llava(unpack_images(record))
+    return Sample.from_llava(unpack(record))

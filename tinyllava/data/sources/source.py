@@ -10,6 +10,7 @@ import datasets
 import pyarrow as pa
 
 from tinyllava.config import DataSpec
+from tinyllava.data.images import ImageFolders
 from tinyllava.data.sample import Sample, SampleError
 
 SHUFFLED = 1000  # records of a stream in the shuffle buffer: with their encoded images, about a hundred MB at most
@@ -45,8 +46,9 @@ class Source:
         """
         if self.streaming:
             records = self.records if seed is None else self.records.shuffle(seed, buffer_size=SHUFFLED)
-            for row, record in enumerate(records):
-                yield add_id(record, row)
+            # `datasets` shuffles with another seed in a worker process, except in `iter`: workers must change nothing.
+            for row, batch in enumerate(records.iter(batch_size=1)):
+                yield add_id({name: column[0] for name, column in batch.items()}, row)
             return
         for start in range(0, len(self), TABLE_ROWS):
             yield from to_raw_records(self.records[start : start + TABLE_ROWS], start)
@@ -88,18 +90,11 @@ def unpack(record: dict[str, Any]) -> dict[str, Any]:
     return {**value, "id": record["id"]}
 
 
-def unpack_images(record: dict[str, Any]) -> dict[str, Any]:
-    """`unpack`, with `images` as a list. Nulls, which stand for no image in tables, are left out."""
-    record = unpack(record)
-    images = record.get("images") or record.get("image")
-    return {**record, "images": [image for image in (images if isinstance(images, list) else [images]) if image]}
-
-
 def list_image_folders(spec: DataSpec, default: list[str]) -> list[str]:
     """The image folders of `spec` as a list, `default` where it names none."""
     if spec.images is None:
         return default
-    return [spec.images] if isinstance(spec.images, str) else list(spec.images)
+    return ImageFolders([spec.images] if isinstance(spec.images, str) else spec.images)
 
 
 def _to_rows(value: Any) -> Any:

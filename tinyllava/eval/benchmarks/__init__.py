@@ -15,7 +15,7 @@ import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 from tinyllava.errors import UserError
 
@@ -44,6 +44,13 @@ class Question:
 
 
 Pair = tuple[Question, Answer | None]  # None: the answer is missing
+
+
+class OfficialAnswers(NamedTuple):
+    """The answers of a file in the form of a benchmark's own tool, with the ids of our questions."""
+
+    records: list[Answer]
+    questions: list[Question]  # those that the file is for: POPE's tool takes one category a file
 
 
 @dataclass
@@ -109,6 +116,13 @@ class Benchmark:
         """The key that matches an answer to its question. `record` has the question_id and prompt of either."""
         return str(record["question_id"])
 
+    def read_official(self, path: Path, questions: list[Question]) -> OfficialAnswers | None:
+        """The answers in `path`, a file or a folder in the form of the official tool; None if it has another form.
+
+        JSON lines or a list of records with an id and a text, and an object id -> answer, need no method.
+        """
+        return None
+
     def parse(self, text: str, question: Question) -> Any:
         """The parsed answer; None if it cannot be read."""
         return text.strip()
@@ -156,7 +170,7 @@ def build_item(
     """Build one line of items.jsonl. `score` is in 0..1, or None if only a server knows the right answer."""
     return {
         "id": question.id,
-        "image": question.images[0] if question.images else "",
+        "image": _name_image(question.images[0]) if question.images else "",
         "answer": answer,
         "parsed": parsed,
         "gold": question.answer,
@@ -164,6 +178,11 @@ def build_item(
         "category": question.category,
         **more,
     }
+
+
+def _name_image(image: str) -> str:
+    """The path or URL of an image, or a hash in place of its content."""
+    return f"data:{hashlib.sha256(image.encode()).hexdigest()[:16]}" if image.startswith("data:") else image
 
 
 def build_result(

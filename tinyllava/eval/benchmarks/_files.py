@@ -28,6 +28,14 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     return records
 
 
+def read_json_if_whole(path: Path) -> Any:
+    """The document in a file that is one JSON document; None for a folder, JSON lines and anything else."""
+    try:
+        return json.loads(path.read_bytes()) if path.is_file() else None
+    except ValueError:
+        return None
+
+
 def get_field(record: dict[str, Any], name: str, path: Path) -> Any:
     """Return `record[name]`. The UserError for a missing field names the file and the fields of the record."""
     if not isinstance(record, dict) or name not in record:

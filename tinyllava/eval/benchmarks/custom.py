@@ -3,25 +3,29 @@
     tinyllava eval CHECKPOINT --tasks path/to/my.jsonl
     tinyllava score path/to/my.jsonl --answers FILE
 
-`image` is a path relative to the file, or a list of paths; leave it out for a question without an image. `text` is
+`image` is a path relative to the file, or a list; leave it out for a question without an image. It can have all other
+forms that records can have (docs/images.md). `text` is
 the prompt, and nothing is added to it. `metric` says how an answer is scored. The default is choice if there are
 `options`, and soft if `answer` is a list. For all other questions, it is yes-no if all their answers are yes or no,
 else exact.
 
     exact    equal to the answer or to one of `accept`; case, a final period and a leading article are ignored
-    choice   the right one of `options`, by its text or its letter: "B", "b.", "(B)"
+    choice   the right one of `options`, by its text, its letter or both: "blue", "B", "(B) blue", "The answer is B."
     yes-no   the first yes or no among the words
     soft     the share of people who agree, as in VQAv2: three of ten people give the full score
 """
 
+import base64
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from tinyllava.data.references import is_file_reference, resolve_reference
 from tinyllava.errors import UserError
 from tinyllava.eval import benchmarks
 from tinyllava.eval.benchmarks import Pair, Question, Root, average, drop_missing
+from tinyllava.eval.benchmarks._choice import choose_option, normalize
 from tinyllava.eval.benchmarks._files import get_field, read_jsonl
 from tinyllava.eval.benchmarks._vqa import normalize_m4c
 
@@ -60,12 +64,24 @@ def _build_question(record: dict[str, Any], path: Path) -> Question:
     """Build the question of a record. Its metric is None if it depends on the other questions."""
     qid = get_field(record, "question_id", path)
     images = record.get("image") or []
-    images = tuple(str(path.parent / image) for image in ([images] if isinstance(images, str) else images))
+    images = images if isinstance(images, list) else [images]
+    try:
+        images = tuple(_locate_image(image, path.parent) for image in images if image)
+    except UserError as error:
+        raise UserError(f"{path}, question {qid}: {error}") from None
     answer, options = record.get("answer"), tuple(record.get("options") or ())
     metric = record.get("metric") or ("choice" if options else "soft" if isinstance(answer, list) else None)
     extra = {"accept": tuple(record.get("accept") or ()), "metric": metric}
     text = get_field(record, "text", path)
     return Question(str(qid), qid, text, images, answer, record.get("category") or "", options, extra=extra)
+
+
+def _locate_image(reference: Any, folder: Path) -> str:
+    """The path or URL of an image. One inside the record becomes a data: URL. Relative paths start at `folder`."""
+    source = resolve_reference(reference)
+    if isinstance(source, bytes):
+        return f"data:;base64,{base64.b64encode(source).decode()}"
+    return str(folder / source) if is_file_reference(source) else source
 
 
 def check_question(question: Question, path: Path) -> None:
@@ -85,23 +101,10 @@ def check_question(question: Question, path: Path) -> None:
         )
 
 
-def normalize(text: str) -> str:
-    """Normalise to lower case and single spaces, without a final period and a leading article: "A  cat." is "cat"."""
-    text = " ".join(text.lower().split()).rstrip(".").rstrip()
-    return re.sub(r"^(a|an|the) (?=\S)", "", text)
-
-
 def match_option(text: str, options: Sequence[str]) -> str | None:
-    """The option that an answer names by its text or its letter; None if there is none.
-
-    A letter that is itself an option counts as a text.
-    """
-    answer = normalize(text)
-    known = [normalize(option) for option in options]
-    letter = re.fullmatch(r"\(?([a-z])\)?", answer)
-    if letter and answer not in known and ord(letter[1]) - ord("a") < len(known):
-        return known[ord(letter[1]) - ord("a")]
-    return answer if answer in known else None
+    """The option, normalised, that an answer names by its text, its letter or both; None if it names none, or two."""
+    index = choose_option(text, options)
+    return None if index is None else normalize(options[index])
 
 
 def parse_yes_no(text: str) -> str | None:
@@ -144,7 +147,7 @@ class Benchmark(benchmarks.Benchmark):
     """The questions of a JSONL; the score is the mean of their metrics."""
 
     title = "Custom"
-    scorer = "tinyllava custom 1"
+    scorer = "tinyllava custom 2"
     folder = "custom"
     needs_root = False  # the name of the task is the file
     has_options = True

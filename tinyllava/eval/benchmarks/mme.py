@@ -20,6 +20,7 @@ from tinyllava.eval import benchmarks
 from tinyllava.eval.benchmarks import (
     SHORT_ANSWER,
     Answer,
+    OfficialAnswers,
     Pair,
     Question,
     Root,
@@ -27,6 +28,7 @@ from tinyllava.eval.benchmarks import (
     Sums,
     build_result,
     drop_missing,
+    to_answer_fields,
 )
 from tinyllava.eval.benchmarks._files import read_jsonl
 from tinyllava.eval.benchmarks._layouts import DataFiles
@@ -156,6 +158,11 @@ def format_eval_tool_files(items: Iterable[ScoredItem]) -> dict[str, str]:
     return files
 
 
+def _identify(category: str, file: str, question: str) -> tuple[str, str, str]:
+    """What a line of the official tool's files says about a question. Some tools write X.jpg, others X.txt."""
+    return category, PurePosixPath(file).stem, " ".join(question.split())
+
+
 class Benchmark(benchmarks.Benchmark):
     """MME by the official tool's rules; the score is the perception sum."""
 
@@ -184,6 +191,23 @@ class Benchmark(benchmarks.Benchmark):
                 raise UserError(f"{llava} asks {name!r}, but {release or HUB} has no such question.")
             questions.append(replace(official[name], question_id=q["question_id"], text=q["text"]))
         return questions
+
+    def read_official(self, path: Path, questions: list[Question]) -> OfficialAnswers | None:
+        """The folder of the official tool: CATEGORY.txt with lines `image, question, right answer, answer` (tabs)."""
+        files = sorted(path.glob("*.txt"))
+        by_line = {_identify(q.category, q.extra["file"], q.extra["question"]): q for q in questions}
+        records = []
+        for file in files:
+            for number, line in enumerate(file.read_text(encoding="utf-8").rstrip("\n").split("\n"), start=1):
+                cells = line.split("\t")
+                question = by_line.get(_identify(file.stem, *cells[:2])) if len(cells) == 4 else None
+                if question is None or question.answer.lower() != cells[2].strip().lower():
+                    raise UserError(
+                        f"{file}, line {number}: expected image, question, right answer and answer of a question of"
+                        f" {file.stem}, with tabs between them; found {line[:120]!r}."
+                    )
+                records.append({**to_answer_fields(question), "text": cells[3]})
+        return OfficialAnswers(records, questions) if files else None
 
     def choose_from(self, question: Question) -> tuple[str, ...]:
         """Yes and No."""

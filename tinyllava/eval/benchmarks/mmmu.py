@@ -19,6 +19,7 @@ from tinyllava.eval import benchmarks
 from tinyllava.eval.benchmarks import (
     LETTER_ANSWER,
     SHORT_ANSWER,
+    OfficialAnswers,
     Pair,
     Question,
     Root,
@@ -226,6 +227,11 @@ class Benchmark(benchmarks.Benchmark):
             )
             for qid, q in answers.items()
         ]
+
+    def read_official(self, path: Path, questions: list[Question]) -> OfficialAnswers | None:
+        """The folder of the official parser, with SUBJECT/output.json."""
+        files = sorted(path.glob("*/output.json"))
+        return OfficialAnswers([raw for file in files for raw in read_json_file(file)], questions) if files else None
 
     def choose_from(self, question: Question) -> tuple[str, ...]:
         """The letters of the options; () for an open question."""

@@ -10,6 +10,7 @@ Deviation: the official scripts match answers and labels by their order; here th
 matches by order.
 """
 
+import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from tinyllava.eval import benchmarks
 from tinyllava.eval.benchmarks import (
     SHORT_ANSWER,
     Answer,
+    OfficialAnswers,
     Pair,
     Question,
     Root,
@@ -30,6 +32,7 @@ from tinyllava.eval.benchmarks import (
     build_result,
     drop_missing,
     group_items,
+    to_answer_fields,
 )
 from tinyllava.eval.benchmarks._files import read_jsonl
 from tinyllava.eval.benchmarks._layouts import DataFiles
@@ -102,6 +105,33 @@ def _to_label(row: dict[str, Any]) -> dict[str, Any]:
 
 def _build_question(qid: str | int, text: str, category: str, label: dict[str, Any]) -> Question:
     return Question(f"{category}/{label['question_id']}", qid, text, (label["path"],), label["label"], category)
+
+
+def _has_official_form(file: Path) -> bool:
+    """Whether the first line of a file has POPE's own form, which has no ids."""
+    try:
+        first = json.loads(file.read_bytes().split(b"\n", 1)[0])
+    except ValueError:
+        return False
+    return isinstance(first, dict) and {"question", "answer"} <= set(first) and "question_id" not in first
+
+
+def _find_category(path: Path, records: list[dict[str, Any]], questions: list[Question]) -> list[Question]:
+    """The questions of the category that a file in the official form answers, in its order.
+
+    Raises UserError if the questions in the file are not those of one category.
+    """
+    asked = [str(record["question"]).strip().lower() for record in records]
+    groups = {name: [q for q in questions if q.category == name] for name in CATEGORIES}
+    same = [name for name, group in groups.items() if asked == [q.text.split("\n")[0].strip().lower() for q in group]]
+    named = [name for name in same if name in path.stem]
+    if len(named or same) != 1:
+        sizes = ", ".join(f"{name} {len(group)}" for name, group in groups.items())
+        raise UserError(
+            f"{path} has {len(records)} answers in POPE's own form, and their questions are not those of one category"
+            f" ({sizes}) in the order of the release. Give one file for each category."
+        )
+    return groups[(named or same)[0]]
 
 
 def parse(text: str) -> str:
@@ -190,6 +220,19 @@ class Benchmark(benchmarks.Benchmark):
             for q in labels[category]
         ]
 
+    def read_official(self, path: Path, questions: list[Question]) -> OfficialAnswers | None:
+        """POPE's own form: lines {"question", "answer"}, one category a file; or a folder with such files."""
+        files = sorted(path.glob("*.json*")) if path.is_dir() else [path]
+        records, answered = [], []
+        for file in files:
+            if not _has_official_form(file):
+                return None
+            lines = read_jsonl(file)
+            asked = _find_category(file, lines, questions)
+            records += [{**raw, **to_answer_fields(q)} for raw, q in zip(lines, asked, strict=True)]
+            answered += asked
+        return OfficialAnswers(records, answered) if files else None
+
     def choose_from(self, question: Question) -> tuple[str, ...]:
         """Yes and No."""
         return ("Yes", "No")
@@ -209,7 +252,8 @@ class Benchmark(benchmarks.Benchmark):
         metrics: dict[str, Any] = {"per_category": categories}
         for name in ("f1_score", "accuracy", "precision", "recall", "yes_ratio"):
             metrics[f"mean_{name}"] = average(scores[name] for scores in categories.values())
-        return build_result(100 * metrics["mean_f1_score"], "POPE F1, mean of the categories", metrics, items)
+        present = "mean of the categories" if len(categories) == len(CATEGORIES) else f"{', '.join(categories)} only"
+        return build_result(100 * metrics["mean_f1_score"], f"POPE F1, {present}", metrics, items)
 
     def tally(self, item: ScoredItem) -> Sums:
         """Count the TP, FP, FN and TN of each category, from which F1 is computed."""

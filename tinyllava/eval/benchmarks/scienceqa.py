@@ -18,8 +18,18 @@ from typing import Any, ClassVar
 
 from tinyllava.errors import UserError
 from tinyllava.eval import benchmarks
-from tinyllava.eval.benchmarks import LETTER_ANSWER, Pair, Question, Root, ScoredItem, Sums, build_item, build_result
-from tinyllava.eval.benchmarks._files import read_json_file
+from tinyllava.eval.benchmarks import (
+    LETTER_ANSWER,
+    OfficialAnswers,
+    Pair,
+    Question,
+    Root,
+    ScoredItem,
+    Sums,
+    build_item,
+    build_result,
+)
+from tinyllava.eval.benchmarks._files import read_json_file, read_json_if_whole
 from tinyllava.eval.benchmarks._layouts import DataFiles
 
 LLAVA_FILE = "llava_test_CQM-A.json"
@@ -186,6 +196,16 @@ class Benchmark(benchmarks.Benchmark):
                 )
             )
         return questions
+
+    def read_official(self, path: Path, questions: list[Question]) -> OfficialAnswers | None:
+        """The official results, {"results": {id: index}}, also with the texts that LLaVA adds as "outputs"."""
+        document = read_json_if_whole(path)
+        if not isinstance(document, dict) or not isinstance(document.get("results"), dict):
+            return None
+        letters = dict(enumerate(LETTERS))  # -1: the official script found no letter
+        texts = {pid: letters.get(index, "") for pid, index in document["results"].items()}
+        texts |= document.get("outputs") or {}
+        return OfficialAnswers([{"question_id": pid, "text": text} for pid, text in texts.items()], questions)
 
     def choose_from(self, question: Question) -> tuple[str, ...]:
         """The letters of the options."""

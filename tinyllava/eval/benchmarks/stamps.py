@@ -25,7 +25,7 @@ class Benchmark(custom.Benchmark):
     """The test of a tier."""
 
     title = "Stamps"
-    scorer = "tinyllava stamps 1"
+    scorer = "tinyllava stamps 2"
     folder = FILES.folder
     max_new_tokens = 32
     asks_blind = True  # a score means little here if we do not know what the model guesses without the image

@@ -12,6 +12,7 @@ Rules: `eval_textvqa.py` and `m4c_evaluator.py` of TinyLLaVA 53f12c7 (the same a
 import re
 from collections import Counter
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 from tinyllava.errors import UserError
@@ -19,6 +20,7 @@ from tinyllava.eval import benchmarks
 from tinyllava.eval.benchmarks import (
     SHORT_ANSWER,
     Answer,
+    OfficialAnswers,
     Pair,
     Question,
     Root,
@@ -26,8 +28,9 @@ from tinyllava.eval.benchmarks import (
     build_item,
     build_result,
     drop_missing,
+    to_answer_fields,
 )
-from tinyllava.eval.benchmarks._files import get_field, read_json_file, read_jsonl
+from tinyllava.eval.benchmarks._files import get_field, read_json_file, read_json_if_whole, read_jsonl
 from tinyllava.eval.benchmarks._layouts import DataFiles
 from tinyllava.eval.benchmarks._vqa import normalize_m4c, score_leave_one_out
 
@@ -184,6 +187,16 @@ class Benchmark(benchmarks.Benchmark):
     def key(self, record: Answer) -> str:
         """The image's id and the question in the prompt, because an answer has only the image's id."""
         return f"{record['question_id']}: {extract_question_before_ocr(record.get('prompt') or '')}"
+
+    def read_official(self, path: Path, questions: list[Question]) -> OfficialAnswers | None:
+        """EvalAI's form, [{"question_id", "answer"}] with the ids of the release and without prompts."""
+        document = read_json_if_whole(path)
+        if not isinstance(document, list) or any(not isinstance(raw, dict) or "prompt" in raw for raw in document):
+            return None
+        by_id = {str(question.extra["question_id"]): to_answer_fields(question) for question in questions}
+        unknown = {"prompt": "\n"}  # the prompt of no question
+        records = [{**raw, **by_id.get(str(raw.get("question_id")), unknown)} for raw in document]
+        return OfficialAnswers(records, questions) if any(r["prompt"] != "\n" for r in records) else None
 
     def parse(self, text: str, question: Question) -> str:
         """The module's `normalize`."""

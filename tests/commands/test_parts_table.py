@@ -4,7 +4,7 @@ import io
 
 from rich.console import Console
 
-from tinyllava.train.parts_table import make_parts_table
+from tinyllava.commands.parts_table import make_parts_table
 from tinyllava.train.tune import TunedPart
 
 

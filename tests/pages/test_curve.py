@@ -2,7 +2,7 @@
 
 import pytest
 
-from tinyllava.train import curve
+from tinyllava.pages import curve
 
 
 def test_smoothing_starts_without_a_bias_and_follows() -> None:

@@ -1,0 +1,112 @@
+"""Find out which option of a multiple-choice question a free answer names.
+
+    choose_option("The answer is (B) blue.", ["red", "blue"])     # 1
+    choose_option("B. red", ["red", "blue"])                      # None: the letter of one option, the text of another
+
+The official benchmarks have parsers of their own, which must not be changed. This one is for a user's own questions.
+"""
+
+import re
+import unicodedata
+from collections.abc import Sequence
+
+# "**B**", "`B`", "$B$", "\boxed{B}" and "<answer>B</answer>" are B.
+MARKS = re.compile(r"\\(?:boxed|text|mathrm|mathbf)\b|</?answer>|[*`${}]")
+# What people and models write before their choice, in English and Chinese.
+LEAD_IN = re.compile(
+    r"^(?:(?:so|thus|therefore|hence|i (?:think|believe|choose|pick)|i would (?:say|choose|pick)|my|the|correct|right"
+    r"|best|final|most likely|answer|option|choice|letter|it|this|that|is|are|would be|should be|must be|'s|=)"
+    r"(?=[\s:,'=(]|$)[\s:,=]*|(?:正确)?答案|应该|应|是|为|我?选择?|选项|[:,\s]+)+"
+)
+SEPARATORS = r"[.:),;/\]\u3001\u3002\u2013\u2014-]"
+LETTER = re.compile(rf"^[(\[\"']?([a-z])[)\]\"']*(?:(?P<separator>\s*{SEPARATORS}+\s*|\s+)(?P<rest>.*))?$")
+CONFIRMED = re.compile(r"^(?:is|would be|seems) (?:the )?(?:correct|right|best|answer)\b")  # "B is correct"
+TEXT_WITH_LETTER = re.compile(r"^(?P<text>.+?)\s*[(\[]([a-z])[)\]]$")  # "blue (B)"
+
+
+def normalize(text: str) -> str:
+    """Normalise to lower case and single spaces, without a final period and a leading article: "A  cat." is "cat"."""
+    return re.sub(r"^(a|an|the) (?=\S)", "", _fold(text))
+
+
+def _fold(text: str) -> str:
+    """Lower case, single spaces, no final period."""
+    return " ".join(text.lower().split()).rstrip(".\u3002").rstrip()
+
+
+def choose_option(text: str, options: Sequence[str]) -> int | None:
+    """The index of the option that an answer names by its text, its letter or both; None if it names none, or two.
+
+    An option that is itself a letter is named by its text: "b" names the first of ("b", "a").
+    """
+    exact = [normalize(option) for option in options]
+    if (whole := normalize(text)) in exact:
+        return exact.index(whole)
+    known = _remove_labels([_fold(_unify(option)) for option in options])
+    # A line break ends a statement, as a colon does: "B\nThe sky is blue."
+    answer = _fold(re.sub(r"[ \t]*\n\s*", ": ", _unify(text).strip()))
+    chosen = _match(answer, known)
+    return chosen if chosen is not None else _match(LEAD_IN.sub("", answer), known)
+
+
+def _unify(text: str) -> str:
+    """The text without Markdown and LaTeX. Full-width characters of Chinese answers become ASCII."""
+    return MARKS.sub("", unicodedata.normalize("NFKC", text))
+
+
+def _remove_labels(options: list[str]) -> list[str]:
+    """The options' texts without the letters that they carry themselves, as in ["A. red", "B. blue"]."""
+    bare = [re.sub(rf"^[(\[]?{_to_letter(index)}{SEPARATORS}+\s*", "", text) for index, text in enumerate(options)]
+    has_labels = all(short and short != text for short, text in zip(bare, options, strict=True))
+    return [re.sub(r"^(a|an|the) (?=\S)", "", text) for text in (bare if has_labels else options)]
+
+
+def _to_letter(index: int) -> str:
+    return chr(ord("a") + index)
+
+
+def _match(answer: str, known: list[str]) -> int | None:
+    """The index of the option that a folded answer names, without words before it."""
+    if (text := normalize(answer)) in known:
+        return known.index(text)
+    if match := LETTER.match(answer):
+        index = _find_letter(match[1], known)
+        if index is None or _agrees(match["rest"] or "", index, known, spaced=not (match["separator"] or "").strip()):
+            return index
+        return None
+    if match := TEXT_WITH_LETTER.match(answer):
+        index = _find_letter(match[2], known)
+        return index if index is not None and normalize(match["text"]) == known[index] else None
+    return None
+
+
+def _find_letter(letter: str, known: list[str]) -> int | None:
+    if letter in known:
+        return known.index(letter)
+    index = ord(letter) - ord("a")
+    return index if index < len(known) else None
+
+
+def _agrees(rest: str, index: int, known: list[str], spaced: bool) -> bool:
+    """Whether the words after a letter leave it the choice.
+
+    spaced: only a space is between them. "B blue" is a choice, "a sunny day" is not.
+    """
+    if not rest or normalize(rest) == known[index] or CONFIRMED.match(rest):
+        return True
+    if spaced:
+        return False
+    named = _match(rest, known)  # "B. red", "B, C"
+    if named is None:
+        named = _find_first_named(rest, known)
+    return named in (None, index)
+
+
+def _find_first_named(text: str, known: list[str]) -> int | None:
+    """The option whose text occurs first in `text` as whole words. Of two at one place, the longer counts."""
+    places = [
+        (match.start(), -len(option), index)
+        for index, option in enumerate(known)
+        if option and (match := re.search(rf"(?<!\w){re.escape(option)}(?!\w)", text))
+    ]
+    return min(places)[2] if places else None

@@ -1,0 +1,235 @@
+"""A run's directory: what training writes there, and how to tell it from what the user puts beside it.
+
+    runs/quickstart/  recipe.yaml  run.json  results.json  eval/
+      finetune/  metrics.jsonl  curve.png  runs/  start/  checkpoint-500/  final/
+
+Only these names are ours, and only if the record of a checkpoint agrees with its name. Everything else is ignored, and
+never deleted: users copy, rename and link checkpoints.
+"""
+
+import json
+import logging
+import re
+import shutil
+import zipfile
+import zlib
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tinyllava import atomic
+from tinyllava.errors import UserError
+
+logger = logging.getLogger("tinyllava")
+RUN, RECIPE, RESULTS = "run.json", "recipe.yaml", ("results.json", "eval")
+RECORD = "tinyllava.json"  # of a checkpoint
+METRICS, CURVE, START, FINAL, TENSORBOARD = "metrics.jsonl", "curve.png", "start", "final", "runs"
+NUMBERED = re.compile(r"checkpoint-([1-9][0-9]*)")
+# Where the optimiser's state is in a checkpoint, by the engine that wrote it.
+OPTIMIZER_FILES = {"plain": "optimizer.pt", "deepspeed": "global_step*", "fsdp": "optimizer[_.][0b]*"}
+LARGE = 1 << 30  # bytes; reading smaller files takes a second
+REMEDY = "Choose another --output, or start again with --overwrite."
+
+
+# -- checkpoints -------------------------------------------------------------------------------------------------------
+
+
+def list_checkpoints(stage: Path) -> list[Path]:
+    """The numbered checkpoints of a stage, the newest first. Other names, files and links are the user's own."""
+    named = [path for path in stage.glob("checkpoint-*") if NUMBERED.fullmatch(path.name)]
+    return sorted((path for path in named if path.is_dir() and not path.is_symlink()), key=get_step, reverse=True)
+
+
+def get_step(checkpoint: Path) -> int:
+    """The step in the name of a numbered checkpoint."""
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def read_json_or_empty(path: Path) -> dict[str, Any]:
+    """The mapping in a JSON file; {} if it is missing or damaged. A loss of power can leave an empty file."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def read_run(checkpoint: Path) -> dict[str, Any]:
+    """What the record of a checkpoint says of the run that wrote it; {} if it says nothing."""
+    run = read_json_or_empty(checkpoint / RECORD).get("run")
+    return run if isinstance(run, dict) else {}
+
+
+def is_ours(checkpoint: Path) -> bool:
+    """Whether a run wrote `checkpoint` under this name. A damaged one is ours. A copy with another number is not."""
+    if checkpoint.is_symlink() or not (checkpoint / RECORD).is_file():
+        return False
+    step = read_run(checkpoint).get("step")
+    return step is None or not NUMBERED.fullmatch(checkpoint.name) or get_step(checkpoint) == step
+
+
+def make_room(checkpoint: Path) -> None:
+    """Set aside what the user has at the path of a checkpoint that will be written."""
+    if not is_ours(checkpoint):
+        atomic.set_aside(checkpoint)
+
+
+def find_damage(directory: Path, sizes: Any) -> str | None:
+    """The first of some files that is missing or has another size; None if all are there."""
+    if not isinstance(sizes, dict):
+        return f"{RECORD} cannot be read"
+    for name, size in sizes.items():
+        actual = (directory / name).stat().st_size if (directory / name).is_file() else None
+        if actual != size:
+            return f"{name} is missing" if actual is None else f"{name} has {actual} bytes, expected {size}"
+    return None
+
+
+def find_resume_fault(checkpoint: Path, engine: str, world_size: int) -> str | None:
+    """Why training cannot resume exactly from a checkpoint; None if it can.
+
+    engine: the key of OPTIMIZER_FILES. world_size: the number of processes.
+    """
+    record = read_json_or_empty(checkpoint / RECORD)
+    damages = (find_damage(checkpoint, sizes) for sizes in (record.get("files"), record.get("training_state", {})))
+    if damage := next(filter(None, damages), None):
+        return damage
+    states = [path.name for pattern in OPTIMIZER_FILES.values() for path in checkpoint.glob(pattern)]
+    if not states:
+        return f"{OPTIMIZER_FILES[engine]} is missing. `save_only_model: true` saves no optimiser state"
+    if not list(checkpoint.glob(OPTIMIZER_FILES[engine])):
+        return f"the optimiser state {states[0]} is of another engine. Resume with the engine that wrote it"
+    shards = len(list(checkpoint.glob("global_step*/*optim_states.pt")))
+    if shards not in (0, world_size):
+        return f"the optimiser state is of {shards} processes, not {world_size}. Resume with {shards}"
+    for pattern in (OPTIMIZER_FILES[engine], "rng_state*.pth", *([] if engine == "deepspeed" else ["scheduler.pt"])):
+        files = list(checkpoint.glob(pattern))
+        # The records of earlier versions do not list the sizes of these.
+        if not files or not all(path.is_dir() or is_whole_zip(path) for path in files):
+            return f"{pattern.replace('*', '')} is {'damaged' if files else 'missing'}"
+    state = read_json_or_empty(checkpoint / "trainer_state.json")
+    return None if state.get("global_step") == get_step(checkpoint) else "trainer_state.json is missing or damaged"
+
+
+def find_last_checkpoint(output: Path, engine: str, world_size: int) -> Path | None:
+    """The newest checkpoint of a stage that training can resume from exactly; None if it has no checkpoints.
+
+    engine: the key of OPTIMIZER_FILES. Raises UserError if it has checkpoints, but none can be resumed from.
+    """
+    faults = []
+    for path in filter(is_ours, list_checkpoints(output)):
+        fault = find_resume_fault(path, engine, world_size)
+        if fault is None:
+            for skipped in faults:
+                logger.warning("stage %s: skipped %s", output.name, skipped)
+            return path
+        faults.append(f"{path.name}: {fault}.")
+    if faults:
+        raise UserError(
+            f"stage {output.name} cannot resume. {faults[0]} {REMEDY} `model: {{checkpoint: DIR}}` starts another run"
+            " from the weights of a checkpoint."
+        )
+    return None
+
+
+def is_whole_zip(path: Path) -> bool:
+    """Whether a file that torch wrote, which is a zip file, is whole. Of a large file only its end is read."""
+    if not zipfile.is_zipfile(path):
+        return False
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return path.stat().st_size > LARGE or archive.testzip() is None
+    except (zipfile.BadZipFile, zlib.error, ValueError, NotImplementedError, RuntimeError, EOFError):
+        return False
+
+
+def has_stopped_early(state: Any) -> bool:
+    """Whether early stopping had ended the training when this TrainerState was saved."""
+    saved = state.stateful_callbacks.get("EarlyStoppingCallback")
+    if not isinstance(saved, dict):
+        return False
+    return saved["attributes"]["early_stopping_patience_counter"] >= saved["args"]["early_stopping_patience"]
+
+
+def rotate_checkpoints(newest: Path, limit: int | None, best: str | None = None) -> None:
+    """Delete the oldest checkpoints of a stage beyond `limit`, but not `newest`, and not the one with the name `best`.
+
+    Later checkpoints than `newest` stay: they were skipped at the last resume. HF's own function would delete copies
+    such as `checkpoint-2-keep`.
+    """
+    ours = [path for path in list_checkpoints(newest.parent) if is_ours(path) and get_step(path) <= get_step(newest)]
+    old = [path for path in ours if path.name not in (newest.name, best)]
+    surplus = min(len(old), len(ours) - limit) if limit and limit > 0 else 0
+    for path in old[len(old) - max(0, surplus) :]:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+# -- the whole run -----------------------------------------------------------------------------------------------------
+
+
+def read_begun_stages(directory: Path) -> list[dict[str, Any]]:
+    """What the newest whole checkpoint of each stage says of the run. It is `finished` if that is the final one."""
+    begun = []
+    for folder in directory.glob("*/"):
+        for path in filter(is_ours, (folder / FINAL, *list_checkpoints(folder))):
+            record, run = read_json_or_empty(path / RECORD), read_run(path)
+            is_whole = find_damage(path, record.get("files")) is None
+            if is_whole and run.get("stage") == folder.name and "recipe_yaml" in run:
+                begun.append(run | ({"finished": True, "steps": run.get("step")} if path.name == FINAL else {}))
+                break
+    return begun
+
+
+def read_start(directory: Path) -> list[dict[str, Any]]:
+    """The run in `run.json` and `recipe.yaml`, as of its last stage; [] if there is none.
+
+    For a run without checkpoints: another process may be training it, so one of another recipe is refused here too.
+    """
+    run = read_json_or_empty(directory / RUN)
+    if not {"stages", "versions"} <= run.keys() or not (directory / RECIPE).is_file():
+        return []
+    text = (directory / RECIPE).read_text(encoding="utf-8", errors="replace")
+    try:
+        recipe = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return []
+    is_recipe = isinstance(recipe, dict) and isinstance(recipe.get("stages"), dict)
+    return [{**run, "recipe_yaml": text, "stage": list(recipe["stages"])[-1]}] if is_recipe else []
+
+
+def read_stage_names(directory: Path) -> list[str]:
+    """The stages in `run.json`, in order; [] if there is no such file. Raises UserError if it is damaged."""
+    stages = read_json_or_empty(directory / RUN).get("stages")
+    if (directory / RUN).is_file() and not isinstance(stages, dict):
+        raise UserError(
+            f"{directory / RUN} is damaged. `tinyllava train` writes it again. Or give a stage of the run, such as"
+            f" {directory}/finetune."
+        )
+    return list(stages or ())
+
+
+def check_is_run(directory: Path) -> None:
+    """Raise UserError if a directory has content, but not that of a run."""
+    if directory.exists() and not (directory / RUN).is_file() and any(directory.iterdir()):
+        raise UserError(
+            f"{directory} is not a run: it has no {RUN}. --overwrite deletes only runs. Choose another --output."
+        )
+
+
+def delete_run(directory: Path) -> None:
+    """Delete what a run wrote into a directory. Everything else stays, such as copies of checkpoints."""
+    recorded = read_json_or_empty(directory / RUN).get("stages")
+    stages = {run["stage"] for run in read_begun_stages(directory)} | set(
+        recorded if isinstance(recorded, dict) else ()
+    )
+    for stage in (folder for folder in directory.glob("*/") if folder.name in stages):
+        checkpoints = [path for path in (*list_checkpoints(stage), stage / FINAL, stage / START) if is_ours(path)]
+        logs = [stage / name for name in (METRICS, CURVE, TENSORBOARD)]
+        for path in (*checkpoints, *logs, *stage.glob(".*.partial")):
+            atomic.remove(path)
+        with suppress(OSError):  # something else is left in it
+            stage.rmdir()
+    for name in (RECIPE, *RESULTS, RUN):
+        atomic.remove(directory / name)
