@@ -66,9 +66,7 @@ def export_checkpoint(path: str, to: str, output_dir: Path, name: str, dtype: st
     source = find_checkpoint(path)
     for key in legacy_hf.QUANTISATION:
         if key in lacking:
-            raise UserError(
-                f"{key}: quantised weights cannot be exported. Export without it, and quantise on loading."
-            )
+            raise UserError(f"{key}: quantised weights cannot be exported. Export without it, and quantise on loading.")
     vlm = checkpoint.load(source, DTYPES[dtype], **lacking)
     run = {**vlm.record.get("run", {}), "exported_from": source.name}
     if to != "adapter" and (has_adapter(vlm.model) or to == "merged"):
