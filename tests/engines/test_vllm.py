@@ -1,9 +1,8 @@
 """vLLM and plain transformers give our answers, or refuse the directory. Run it with `make test-engines`.
 
-vLLM has an environment of its own, because it requires other versions. Its CPU attention approximates the exponential
-function, so its log-probabilities differ from ours by up to TOLERANCE; where our two best tokens are closer than that,
-either may be the answer. The images have the size of the tower: with torchvision, which vLLM requires, transformers
-resizes images a little differently than with PIL.
+vLLM has an environment of its own, because it requires other versions. Where our two best tokens are closer than
+TOLERANCE, either may be the answer. The images have the size of the tower: with torchvision, which vLLM requires,
+transformers resizes images a little differently than with PIL.
 """
 
 import json
@@ -16,7 +15,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from tests.conftest import CLIP, SIGLIP, tiny_model
+from tests.conftest import CLIP, DINOV2, SIGLIP, tiny_model
 from tests.tiny_session import WORDS, corpus, picture
 from tests.tiny_vlm import build_tiny
 from tinyllava import checkpoint
@@ -31,7 +30,7 @@ pytestmark = [
     pytest.mark.engines,
     pytest.mark.skipif(not PYTHON, reason="vLLM has an environment of its own: run `make test-engines`"),
 ]
-TOLERANCE = 0.02
+TOLERANCE = 0.01  # of differences of logits
 NEW_TOKENS = 8  # as in answer.py
 
 BASE = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -79,7 +78,7 @@ def save_random(directory: Path, tune: dict | None = None, **parts: object) -> N
             if parameter.dim() < 2:  # norms and biases keep their values: 0 is Gemma's norm, 1 that of others
                 parameter.add_(random * 0.02)
             else:
-                parameter.copy_(random * (0.25 if "embed" in name or "lora" in name else 0.15))
+                parameter.copy_(random * (0.3 if "embed_tokens" in name or "lm_head" in name else 0.12))
     checkpoint.save(vlm, directory)
 
 
@@ -171,19 +170,45 @@ def test_vllm_answers_as_we_do(name: str, compared: dict) -> None:
     for ours, theirs in zip(compared[name]["ours"], compared[name]["vllm"], strict=True):
         assert theirs["prompt"] == ours.prompt
         for step, (token, (first, second)) in enumerate(zip(theirs["ids"], ours.best, strict=False)):
-            for candidate, expected in (first, second):
-                found = theirs["logprobs"][step].get(str(candidate))
-                assert found is None or abs(found - expected) < TOLERANCE, (step, candidate, found, expected)
+            # Only the difference counts: vLLM's log-probabilities are those before `suppress_tokens`.
+            found = [theirs["logprobs"][step].get(str(candidate)) for candidate, _ in (first, second)]
+            gap = first[1] - second[1]
+            assert None in found or abs(found[0] - found[1] - gap) < TOLERANCE, (step, found, gap)
             if token != first[0]:
-                assert first[1] - second[1] < TOLERANCE, f"step {step}: {token}, expected {first[0]}"
+                assert gap < TOLERANCE, f"step {step}: {token}, expected {first[0]}"
                 break  # the texts are different from here
-            sure += 1
+            sure += None not in found
         else:
             assert theirs["ids"] == ours.ids
-    assert sure > 12  # of 24
+    assert sure > 0.8 * sum(len(ours.ids) for ours in compared[name]["ours"])
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if not name.endswith("apart")])
 def test_transformers_answers_as_we_do(name: str, compared: dict) -> None:
     for ours, theirs in zip(compared[name]["ours"], compared[name]["transformers"], strict=True):
         assert theirs["prompt"] == ours.prompt and theirs["ids"] == ours.ids
+
+
+REFUSED = {  # {what vLLM says: (parts, tune, is the directory given as a LoRA module)}
+    "LlavaWithAdapter_run_tinyllava_export": ({}, LORA, False),
+    "Unsupported modules_to_save": ({}, LORA, True),
+    "'linear' is not supported": ({"connector": "linear"}, None, False),
+    "Unsupported vision config": ({"tower": DINOV2}, None, False),
+}
+
+
+@pytest.mark.parametrize("reason", REFUSED)
+def test_vllm_refuses_what_it_would_misread(reason: str, tmp_path: Path) -> None:
+    """One process for each, because vLLM does not clean up after an error."""
+    parts, tune, is_module = REFUSED[reason]
+    save_random(tmp_path / "model", tune, **{"llm": LLMS["llama"], "tower": TOWERS["clip"], **parts})
+    directory = tmp_path / "model"
+    assert checkpoint.read_record(directory)["engines"]["vLLM"].startswith("no: ")
+    served = tmp_path / "base" if is_module else directory
+    if is_module:
+        save_random(served, llm=LLMS["llama"], tower=TOWERS["clip"])
+    job = {"name": "a", "checkpoint": str(served), "adapter": str(directory) if is_module else None, "suppress": []}
+    (tmp_path / "jobs.json").write_text(json.dumps([{**job, "questions": [{"text": WORDS[1], "images": []}]}]))
+    done = run_engine("vllm", tmp_path)
+    assert done.returncode != 0 and reason in done.stderr, done.stderr[-2000:]
+    assert not (tmp_path / "vllm.json").exists()

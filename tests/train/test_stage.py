@@ -156,10 +156,12 @@ def test_how_a_step_is_run_does_not_change_it(pictures: Path, tmp_path: Path) ->
 
 def test_two_processes_run_the_same_steps_as_one(pictures: Path, tmp_path: Path) -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    options = {"label_smoothing_factor": 0.1}
     two = [*torchrun, "-m", "tests.train.tiny_run", str(pictures), str(tmp_path / "two")]
+    two += ["--trainer", json.dumps(options)]
     done = subprocess.run(two, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    stage.run(recipe(pictures), "tiny", tmp_path / "one")
+    stage.run(recipe(pictures, **options), "tiny", tmp_path / "one")
     assert read_losses(tmp_path / "two") == pytest.approx(read_losses(tmp_path / "one"), rel=1e-4)
     ours, theirs = (
         load_weights(tmp_path / "one" / "finetune" / "final"),

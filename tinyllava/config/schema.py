@@ -114,7 +114,8 @@ class ModelSpec(StrictModel):
     compat: bool = False  # token ids and labels of the original TinyLLaVA Factory (Template.load)
     checkpoint: str | None = None
     lacking: MissingValues = MissingValues()
-    add_tokens: list[str] = []  # your own tokens, such as <loc_1>: learned, and kept in answers (docs/training.md)
+    # Your own tokens, such as <loc_1> (docs/training.md).
+    add_tokens: list[str] = []
     max_length: int = 2048
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
 

@@ -95,8 +95,11 @@ def check_stages(recipe: Recipe, names: Iterable[str], trains: bool = True) -> N
 
     trains: whether they will train in this process. Raises UserError for a value that cannot be used.
     """
+    precision = getattr(torch.backends, "fp32_precision", None)
     for name in names:
         args = make_arguments(recipe, name, Path("runs"))
+        if precision:  # `tf32: true` has set it for the process, and is for its own stage
+            torch.backends.fp32_precision = precision
         if trains and args.fsdp and args.world_size == 1:
             raise UserError(f"stages.{name}.trainer.fsdp requires several processes. Start the command with torchrun.")
 
