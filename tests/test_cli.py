@@ -122,7 +122,7 @@ def test_list_shows_registered_parts(tinyllava: Callable[..., CommandResult], mo
         (["chat", "nowhere", "--temperature", "hot"], ["--temperature", "valid number"]),
         (["eval", "nowhere", "--tasks", "pop"], ["unknown benchmark 'pop'", "did you mean 'pope'"]),
         (["eval", "nowhere"], ["--tasks"]),
-        (["export", "nowhere", "--to", "gguf", "--output", "x"], ["gguf", "merged, hf, split"]),
+        (["export", "nowhere", "--to", "gguf", "--output", "x"], ["gguf", "merged, hf, adapter, split"]),
         (["data", "check", "quickstrat"], ["did you mean 'quickstart'"]),
         (["data", "check", "missing.json"], ["missing.json", "not found"]),
     ],
