@@ -99,3 +99,13 @@ def write_directory(directory: Path) -> Iterator[Path]:
         ) from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def link_file(source: Path, target: Path) -> None:
+    """Make a hard link, or a copy if the file system has no links."""
+    try:
+        os.link(source, target)
+    except OSError as error:
+        if error.errno in FULL:
+            raise
+        shutil.copy2(source, target)

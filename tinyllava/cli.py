@@ -18,8 +18,6 @@ import typer
 from tinyllava.console import is_main_process, messages, output, show_error, show_log
 from tinyllava.errors import UserError
 
-INTERRUPTED = 130
-
 app = typer.Typer(
     help="Build, train, evaluate and chat with small vision-language models.",
     add_completion=False,
@@ -289,7 +287,7 @@ def run_command(arguments: list[str], debug: bool) -> int:
         remedy = " It must be a directory. Choose another one." if not_a_directory else ""
         show_error(f"{error.strerror}: {error.filename or 'while writing'}.{remedy}")
         code = 2
-    if code == INTERRUPTED:  # what typer returns after Ctrl-C
+    if code == 130:  # what typer returns after Ctrl-C
         # Without --overwrite, which would delete what there is to resume.
         again = shlex.join(["tinyllava", *(argument for argument in arguments if argument != "--overwrite")])
         hint = f" To resume: {again}" if arguments[:1] in (["train"], ["eval"]) else ""

@@ -6,6 +6,8 @@ never breaks a progress bar, and `tinyllava chat ... > answer.txt` writes only t
 
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from rich.console import Console
 from rich.text import Text
@@ -40,3 +42,31 @@ def show_log(main_process: bool, debug: bool = False) -> None:
 def show_error(text: str) -> None:
     """Print `error: TEXT` on stderr. Lines of `text` are not wrapped, so that they can be searched and copied."""
     messages.print(Text.assemble(("error: ", "bold red"), text), soft_wrap=True)
+
+
+@contextmanager
+def silence_transformers() -> Iterator[None]:
+    """Hide transformers' own reports: our message says the same in one line."""
+    from transformers.utils import logging as transformers_logging
+
+    before = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(before)
+
+
+@contextmanager
+def silence_progress(silent: bool = True) -> Iterator[None]:
+    """Hide the progress bars of `datasets`, if `silent`."""
+    import datasets
+
+    if not silent or datasets.are_progress_bars_disabled():
+        yield
+        return
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        datasets.enable_progress_bars()

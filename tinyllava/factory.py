@@ -11,6 +11,7 @@ import difflib
 import importlib
 import os
 import sys
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -43,10 +44,16 @@ KINDS = {
 }
 
 
-def suggest_nearest(name: str, known: list[str]) -> str:
+def suggest_nearest(name: str, known: Iterable[str]) -> str:
     """The end of an error sentence: `; did you mean 'mlp'?` if a known name is close, else a full stop."""
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f"; did you mean '{close[0]}'?" if close else "."
+
+
+def suggest_known(name: str, known: Iterable[str]) -> str:
+    """The end of an error message: `suggest_nearest`, and the list of what is known."""
+    known = list(known)
+    return f"{suggest_nearest(name, known)} Known: {', '.join(known) or 'none'}."
 
 
 def load_code(address: str, what: str) -> Any:
@@ -78,8 +85,7 @@ class Factory:
 
     def __init__(self, kind: str) -> None:
         if kind not in KINDS:
-            known = ", ".join(KINDS)
-            raise UserError(f"unknown kind of part '{kind}'{suggest_nearest(kind, list(KINDS))} Known: {known}.")
+            raise UserError(f"unknown kind of part '{kind}'{suggest_known(kind, KINDS)}")
         self.kind, self.registered = KINDS[kind], {}
         self.root = ROOT / self.kind.folder
 
@@ -96,7 +102,8 @@ class Factory:
         """The file of a built-in part. Raises UserError for an unknown name."""
         path = self.root / f"{name}{self.kind.suffix}"
         if not path.is_file() or name.startswith("_"):
-            self._raise_unknown(name)
+            hint = " Name a class of your own as module:Class." if self.kind.attribute else ""
+            raise UserError(f"unknown {self.kind.singular} '{name}'{suggest_known(name, self.list_names())}{hint}")
         return path
 
     def get(self, name: str) -> Any:
@@ -109,9 +116,15 @@ class Factory:
         if ":" in name:
             return load_code(name, self.kind.singular)
         path = self.find_path(name)
-        if self.kind.suffix != ".py":
+        if self.kind.attribute is None:
             return path
-        return self._get_part(self._import(path.stem))
+        module = self._import(name)
+        if not hasattr(module, self.kind.attribute):
+            raise UserError(
+                f"{module.__file__} is not a {self.kind.singular}: it does not define `{self.kind.attribute}`."
+                f" Define it, or begin the file's name with an underscore."
+            )
+        return getattr(module, self.kind.attribute)
 
     def import_file(self, name: str | None) -> None:
         """Import the package's own file of this name, if there is one.
@@ -140,20 +153,3 @@ class Factory:
 
     def _import(self, name: str) -> ModuleType:
         return importlib.import_module(f"tinyllava.{self.kind.folder.replace('/', '.')}.{name}")
-
-    def _get_part(self, module: ModuleType) -> Any:
-        """The part that a Python file of this kind defines."""
-        if self.kind.attribute is None:
-            return module
-        if not hasattr(module, self.kind.attribute):
-            raise UserError(
-                f"{module.__file__} is not a {self.kind.singular}: it does not define `{self.kind.attribute}`."
-                f" Define it, or begin the file's name with an underscore."
-            )
-        return getattr(module, self.kind.attribute)
-
-    def _raise_unknown(self, name: str) -> None:
-        known, hint = self.list_names(), " Name a class of your own as module:Class." if self.kind.attribute else ""
-        raise UserError(
-            f"unknown {self.kind.singular} '{name}'{suggest_nearest(name, known)} Known: {', '.join(known)}.{hint}"
-        )

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from pydantic import BeforeValidator, ConfigDict, Field, ValidationError, create_model
 from transformers import GenerationConfig, GenerationMixin
-from transformers.utils import logging
 
+from tinyllava.console import silence_transformers
 from tinyllava.errors import UserError
 from tinyllava.factory import suggest_nearest
 
@@ -112,7 +112,7 @@ def check_options(**options: Any) -> dict[str, Any]:
         if name in refused:
             remedy = INSTEAD.get(name, "session.model.generate takes it")
             raise UserError(f"{given} is not an option of a session: {remedy}.") from None
-        raise UserError(f"generate has no option '{name}'{suggest_nearest(name, list(fields))}") from None
+        raise UserError(f"generate has no option '{name}'{suggest_nearest(name, fields)}") from None
     return {name: value for name in checked.model_fields_set if (value := getattr(checked, name)) is not None}
 
 
@@ -136,17 +136,14 @@ def _try_options(model: Any, options: dict[str, Any]) -> None:
 
     own = ("logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn")  # the user's functions are not called
     options = {name: value for name, value in options.items() if name not in own}
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
     try:
-        GenerationConfig(**options).validate(strict=True)
-        ids = torch.zeros(1, 1, dtype=torch.long, device=model.device)
-        model.generate(ids, custom_generate=process_scores, max_new_tokens=MAX_NEW_TOKENS, **options)
+        with silence_transformers():
+            GenerationConfig(**options).validate(strict=True)
+            ids = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+            model.generate(ids, custom_generate=process_scores, max_new_tokens=MAX_NEW_TOKENS, **options)
     except (ValueError, TypeError, IndexError, AttributeError, RuntimeError) as error:
         reason = str(error).removeprefix("GenerationConfig is invalid: \n- ").splitlines()[0]
         raise UserError(f"cannot generate with {', '.join(options)}: {reason[:300]}") from None
-    finally:
-        logging.set_verbosity(verbosity)
 
 
 def check_answers(options: Sequence[Sequence[str]], samples: int) -> None:

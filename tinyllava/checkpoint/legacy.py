@@ -41,13 +41,17 @@ from tinyllava.checkpoint.legacy_weights import (
     rename_weights,
     resample_positions,
 )
-from tinyllava.data.template import ORIGINALS, Template, add_image_token
+from tinyllava.data.legacy_template import ORIGINALS
+from tinyllava.data.template import Template, add_image_token
 from tinyllava.errors import UserError
 from tinyllava.factory import Factory
 from tinyllava.files import read_json
 from tinyllava.model.build import get_default_template
 from tinyllava.model.configuration import TinyLlavaConfig
 from tinyllava.model.image_processor import combine_image_fields, make_llava_image_processor
+from tinyllava.model.modeling import TinyLlavaForConditionalGeneration
+from tinyllava.model.processor import build_processor
+from tinyllava.model.vlm import VLM
 from tinyllava.vision_towers import find_family, import_tower
 from tinyllava.vision_towers.mof import MofConfig
 
@@ -141,6 +145,16 @@ def read_legacy(
     )
     images = make_llava_image_processor(tower.pixels, tower.side, _get_aspect(fields))
     return Legacy(config, state, images, tokens, _choose_template(template, llm, tokens, is_bench), generation)
+
+
+def complete_vlm(original: Legacy, model: TinyLlavaForConditionalGeneration) -> VLM:
+    """The VLM of a directory of the original, whose weights are in `model`."""
+    model.generation_config, tokenizer = original.generation, original.tokenizer
+    tokens = model.model.multi_modal_projector.num_tokens(original.config.num_patches)
+    model.config.image_seq_length = tokens
+    chat_template = original.template.get_chat_template(tokenizer)
+    processor = build_processor(model.config, original.images, tokenizer, chat_template, tokens)
+    return VLM(model.eval(), processor, original.template)
 
 
 def _make_config(

@@ -3,16 +3,18 @@
 Such a directory can miss files that ours never miss, its config says less than ours, and the keywords have other names.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from transformers import BitsAndBytesConfig, LlavaConfig, LlavaProcessor
 
 from tinyllava.checkpoint.legacy import KEYWORDS
+from tinyllava.data.template import BoundTemplate, Template
 from tinyllava.errors import UserError
-from tinyllava.factory import TRUST, suggest_nearest
+from tinyllava.factory import TRUST, suggest_known
 from tinyllava.files import FAULTS, shorten_error
+from tinyllava.model.configuration import TinyLlavaConfig
 from tinyllava.vision_towers import find_family
 
 PROCESSOR_FILES = {
@@ -33,13 +35,27 @@ INSTEAD = {
 }
 
 
+class ServedTemplate(Template):
+    """The chat template of another project's checkpoint. Prompts use it as it is. Training requires exact labels.
+
+    Those of llava-hf are not exact: the prompt ends before the space with which the answer begins.
+    """
+
+    def bind(self, tokenizer: Any, tested: bool = False) -> BoundTemplate:
+        return super().bind(tokenizer, tested)
+
+    def bind_to_train(self, tokenizer: Any) -> BoundTemplate:
+        self.bind(tokenizer, tested=True)  # raises UserError if labels would not be exact
+        return self.bind(tokenizer)
+
+
 def check_keywords(names: Iterable[str]) -> None:
     """Raise UserError for keywords that `load` does not know. For those of transformers, it says what to do instead."""
     for name in names:
         if name in INSTEAD:
             raise UserError(f"{name} is no keyword of `load`: {INSTEAD[name]}.")
         if name not in KNOWN:
-            raise UserError(f"unknown keyword '{name}'{suggest_nearest(name, KNOWN)} Known: {', '.join(KNOWN)}.")
+            raise UserError(f"unknown keyword '{name}'{suggest_known(name, KNOWN)}")
 
 
 def read_quantisation(keywords: dict[str, Any]) -> BitsAndBytesConfig | None:
@@ -77,7 +93,13 @@ def read_processor(directory: Path) -> LlavaProcessor:
         ) from None
 
 
-def imply_fields(config: LlavaConfig, images: Any) -> dict[str, Any]:
+def complete_config(config: LlavaConfig, images: Any, record: Mapping[str, Any]) -> TinyLlavaConfig:
+    """Our config of a plain llava checkpoint: from its record, or from what its files imply."""
+    implied = record["model"] if "model" in record else _imply_fields(config, images)
+    return TinyLlavaConfig(**{**config.to_dict(), **implied, "model_type": TinyLlavaConfig.model_type})
+
+
+def _imply_fields(config: LlavaConfig, images: Any) -> dict[str, Any]:
     """The fields of our config that Llava's config and its image processor imply."""
     prefix = find_family(config.vision_config).prefix_tokens(config.vision_config)
     size = images.crop_size or images.size

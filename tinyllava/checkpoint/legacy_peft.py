@@ -15,11 +15,12 @@ from peft import PeftConfig
 
 from tinyllava.checkpoint.adapter import has_adapter
 from tinyllava.checkpoint.legacy_weights import read_tensors
-from tinyllava.checkpoint.weight_files import list_names
+from tinyllava.checkpoint.weight_files import list_misfits
+from tinyllava.console import silence_transformers
 from tinyllava.errors import UserError
 from tinyllava.files import FAULTS, read_json, shorten_error
 from tinyllava.model.modeling import TinyLlavaForConditionalGeneration
-from tinyllava.model.parts import is_hub_reachable, silence_transformers
+from tinyllava.model.parts import is_hub_reachable
 
 SETTINGS = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
@@ -87,6 +88,5 @@ def add_adapter(model: TinyLlavaForConditionalGeneration, directory: Path) -> No
         raise UserError(f"cannot read the adapter in {directory}: {shorten_error(error)}. {REMEDY}") from None
     mismatched = {name for name, *_ in info.mismatched_keys}
     wrong = {"missing": info.missing_keys, "unexpected": info.unexpected_keys, "of another shape": mismatched}
-    listed = "; ".join(f"{len(names)} {kind} ({list_names(names, 3)})" for kind, names in wrong.items() if names)
-    if listed:
+    if listed := list_misfits(wrong, 3):
         raise UserError(f"the adapter in {directory} does not fit its base: weights {listed}. {REMEDY}")

@@ -1,6 +1,5 @@
 """Load a VLM from a checkpoint directory: ours, one in `llava-hf` layout, or one of the original TinyLLaVA Factory."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,22 +10,23 @@ from peft.utils import ModulesToSaveWrapper
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
-from transformers import AutoConfig, LlavaConfig, LlavaProcessor
+from transformers import AutoConfig, LlavaConfig
 
 from tinyllava.checkpoint import legacy, legacy_hf, legacy_peft, legacy_weights
 from tinyllava.checkpoint.adapter import ADAPTER, PEFT_PREFIX, check_base, has_adapter, map_adapter_names
 from tinyllava.checkpoint.layout import get_published_name
 from tinyllava.checkpoint.record import read_record
-from tinyllava.checkpoint.weight_files import INDEX, find_base_files, list_names
+from tinyllava.checkpoint.weight_files import INDEX, find_base_files, list_misfits
 from tinyllava.config import NATIVE_TEMPLATE
-from tinyllava.data.template import ServedTemplate, Template
+from tinyllava.console import silence_transformers
+from tinyllava.data.template import Template
 from tinyllava.errors import UserError
-from tinyllava.files import FAULTS, check_model_files, shorten_error
+from tinyllava.files import FAULTS, check_model_files, read_json, shorten_error
 from tinyllava.model.build import check_feature_layers
 from tinyllava.model.configuration import TinyLlavaConfig
 from tinyllava.model.image_processor import load_trusted_class
 from tinyllava.model.modeling import TinyLlavaForConditionalGeneration
-from tinyllava.model.parts import check_unquantised, silence_transformers
+from tinyllava.model.parts import check_unquantised
 from tinyllava.model.processor import build_processor
 from tinyllava.model.quantise import is_quantised, quantise_llm
 from tinyllava.model.vlm import VLM
@@ -43,25 +43,26 @@ def load(
     quantise the LLM. Raises UserError when files or weights are missing or damaged.
     """
     directory = Path(directory)
+    how = {"dtype": dtype} | ({"attn_implementation": attn_implementation} if attn_implementation else {})
     quantisation = legacy_hf.read_quantisation(missing)
     legacy_hf.check_keywords(missing)
     check_model_files(directory)
     if legacy.is_legacy(directory):
-        vlm = _load_legacy(directory, dtype, attn_implementation, missing)
+        original = legacy.read_legacy(directory, **missing)
+        vlm = legacy.complete_vlm(original, _load_model(directory, original.config, how, original.state))
     elif legacy_peft.stands_alone(directory):
         vlm = load(legacy_peft.find_base(directory), dtype, attn_implementation, **missing)
         legacy_peft.add_adapter(vlm.model, directory)
         _drop_copies(vlm.model)
     else:
-        vlm = _load_vlm(directory, dtype, attn_implementation, missing)
+        vlm = _load_vlm(directory, how, missing)
     if quantisation:
         quantise_llm(vlm.model, quantisation)
     return vlm
 
 
-def _load_vlm(
-    directory: Path, dtype: torch.dtype | str, attn_implementation: str | None, missing: dict[str, Any]
-) -> VLM:
+def _load_vlm(directory: Path, how: dict[str, Any], missing: dict[str, Any]) -> VLM:
+    """Load an ordinary checkpoint. how: keywords of `from_pretrained`. missing: as for `load`."""
     record = read_record(directory) or {}
     template_name = None if record else missing.pop("template", None)
     if missing:
@@ -72,14 +73,14 @@ def _load_vlm(
     config = _read_config(directory)
     plain_processor = legacy_hf.read_processor(directory)
     if config.model_type == "llava":
-        config = _complete_plain_config(config, plain_processor, record)
+        config = legacy_hf.complete_config(config, plain_processor.image_processor, record)
     check_feature_layers(config)
     legacy_hf.check_image_token(directory, config, plain_processor)
     legacy_peft.check_adapter(directory)
     if (directory / ADAPTER).is_file():
         check_base(directory, find_base_files(directory))
     state = None if record else legacy_weights.read_pickled(directory)
-    model = _load_model(directory, config, dtype, attn_implementation, state)
+    model = _load_model(directory, config, how, state)
     _drop_copies(model)
 
     tokenizer, chat_template = plain_processor.tokenizer, plain_processor.chat_template
@@ -118,37 +119,18 @@ def _read_config(directory: Path) -> LlavaConfig:
     return config
 
 
-def _load_legacy(
-    directory: Path, dtype: torch.dtype | str, attn_implementation: str | None, missing: Mapping[str, Any]
-) -> VLM:
-    original = legacy.read_legacy(directory, **missing)
-    model = _load_model(directory, original.config, dtype, attn_implementation, original.state)
-    model.generation_config = original.generation
-    tokens = model.model.multi_modal_projector.num_tokens(original.config.num_patches)
-    model.config.image_seq_length = tokens
-    chat_template = original.template.get_chat_template(original.tokenizer)
-    processor = build_processor(model.config, original.images, original.tokenizer, chat_template, tokens)
-    return VLM(model.eval(), processor, original.template)
-
-
 def _load_model(
-    directory: Path,
-    config: TinyLlavaConfig,
-    dtype: torch.dtype | str,
-    attn_implementation: str | None,
-    state: dict[str, Tensor] | None = None,
+    directory: Path, config: TinyLlavaConfig, how: dict[str, Any], state: dict[str, Tensor] | None
 ) -> TinyLlavaForConditionalGeneration:
     """The model with the weights in `directory` or in `state`. Raises UserError unless they fit exactly."""
-    kwargs = {"attn_implementation": attn_implementation} if attn_implementation else {}
     with silence_transformers():
         model, info = TinyLlavaForConditionalGeneration.from_pretrained(
             directory if state is None else None,
             config=config,
-            dtype=dtype,
+            state_dict=state,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # reported below, in one message with missing and unexpected weights
-            **({} if state is None else {"state_dict": state}),
-            **kwargs,
+            **how,
         )
     unexpected = info["unexpected_keys"]
     # These belong to an adapter's connector, or are the identity layers that plain llava has for `linear`.
@@ -156,12 +138,8 @@ def _load_model(
         unexpected = {name for name in unexpected if "multi_modal_projector.linear_" not in name}
     mismatched = {name for name, *_ in info["mismatched_keys"]}
     wrong = {"missing": info["missing_keys"], "unexpected": unexpected, "of another shape": mismatched}
-    if any(wrong.values()):
-        listed = "; ".join(
-            f"{len(names)} {kind} ({list_names((get_published_name(model, name) for name in names), 5)})"
-            for kind, names in wrong.items()
-            if names
-        )
+    wrong = {kind: [get_published_name(model, name) for name in names] for kind, names in wrong.items()}
+    if listed := list_misfits(wrong, 5):
         remedy = "Copy it again." if state is None else "Copy it again, or give the configs that it does not contain."
         raise UserError(f"{directory} does not fit its own config: weights {listed}. {remedy}")
     return model
@@ -173,7 +151,7 @@ def restore(model: TinyLlavaForConditionalGeneration, directory: Path) -> None:
     Raises UserError when a weight is missing.
     """
     read_record(directory)
-    index = json.loads((directory / INDEX).read_text(encoding="utf-8"))["weight_map"]
+    index = read_json(directory / INDEX)["weight_map"]
     stored: dict[str, Tensor] = {}
     for file in sorted({*index.values(), *([ADAPTER] if has_adapter(model) else [])}):
         stored |= load_file(directory / file)
@@ -195,21 +173,10 @@ def restore(model: TinyLlavaForConditionalGeneration, directory: Path) -> None:
                 parameter.copy_(stored[key])
 
 
-def _complete_plain_config(
-    config: LlavaConfig, processor: LlavaProcessor, record: Mapping[str, Any]
-) -> TinyLlavaConfig:
-    """Our config of a plain llava checkpoint: from its record, or from what Llava's config implies."""
-    fields = config.to_dict()
-    fields.pop("model_type", None)
-    if "model" in record:
-        return TinyLlavaConfig(**{**fields, **record["model"]})
-    return TinyLlavaConfig(**{**fields, **legacy_hf.imply_fields(config, processor.image_processor)})
-
-
 def _read_template(record: Mapping[str, Any]) -> Template:
     stored = record.get("template")
     if stored is None:
-        return ServedTemplate(NATIVE_TEMPLATE, None)
+        return legacy_hf.ServedTemplate(NATIVE_TEMPLATE, None)
     if stored["compat"]:
         return Template.load(stored["name"], compat=True)
     return Template(stored["name"], stored["source"])  # its text is stored: the user's own file may no longer exist

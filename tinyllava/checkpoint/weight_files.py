@@ -4,9 +4,7 @@ A part that did not change is a hard link to the files of an earlier checkpoint.
 """
 
 import json
-import os
-import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -17,6 +15,7 @@ from torch import Tensor
 from tinyllava import atomic
 from tinyllava.checkpoint.layout import PREFIXES
 from tinyllava.errors import UserError
+from tinyllava.files import read_json
 
 INDEX = "model.safetensors.index.json"
 FILES = {"vision_tower": "vision_tower", "connector": "connector", "llm": "language_model"}
@@ -38,14 +37,12 @@ def write_weights(
         state = {name: tensor for name, tensor in published.items() if name.startswith(prefix)}
         if sources and all(source.is_file() for source in sources):
             for source in sources:
-                link_file(source, directory / source.name)
+                atomic.link_file(source, directory / source.name)
             files[part] = [directory / name for name in sorted(source.name for source in sources)]
         # bitsandbytes packs 4-bit weights into uint8. No other weight has this dtype.
         elif any(tensor.dtype == torch.uint8 for tensor in state.values()):
-            files_given = ", ".join(map(str, sources)) or "none given"
-            raise UserError(
-                f"the {part} is quantised, and the files of its unquantised weights are missing ({files_given})."
-            )
+            given = ", ".join(map(str, sources)) or "none given"
+            raise UserError(f"the {part} is quantised, and the files of its unquantised weights are missing ({given}).")
         else:
             files[part] = _write_shards(state, FILES[part], directory)
         for file in files[part]:
@@ -85,21 +82,16 @@ def find_part_files(directory: Path) -> dict[str, list[Path]]:
 def find_base_files(directory: Path) -> list[Path]:
     """The weight files of a checkpoint, without the adapter's: those in its index, or else model.safetensors."""
     index = directory / INDEX
-    names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values() if index.is_file() else []
+    names = read_json(index)["weight_map"].values() if index.is_file() else []
     return [directory / name for name in sorted(set(names)) or ["model.safetensors"]]
-
-
-def link_file(source: Path, target: Path) -> None:
-    """Make a hard link, or a copy if the file system has no links."""
-    try:
-        os.link(source, target)
-    except OSError as error:
-        if error.errno in atomic.FULL:
-            raise
-        shutil.copy2(source, target)
 
 
 def list_names(names: Iterable[str], most: int = 20) -> str:
     """The first `most` names in sorted order, and the number of the others, as text."""
     names = sorted(names)
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def list_misfits(wrong: Mapping[str, Collection[str]], most: int) -> str:
+    """Weights that do not fit a model, as text. wrong: {what is wrong: names}."""
+    return "; ".join(f"{len(names)} {kind} ({list_names(names, most)})" for kind, names in wrong.items() if names)

@@ -15,7 +15,7 @@ from typing import Any
 from tinyllava.console import messages, output, show_error
 from tinyllava.data.images import open_image
 from tinyllava.errors import UserError
-from tinyllava.factory import suggest_nearest
+from tinyllava.factory import suggest_known
 from tinyllava.infer import Session
 
 COMMANDS = ("/image", "/reset", "/exit")
@@ -53,9 +53,7 @@ def answer_lines(session: Session, images: list[str], **generation: Any) -> None
                 open_image(argument.strip())
                 pending_images.append(argument.strip())
             elif command.startswith("/") and "/" not in command[1:]:
-                raise UserError(
-                    f"unknown command {command}{suggest_nearest(command, list(COMMANDS))} Known: {', '.join(COMMANDS)}."
-                )
+                raise UserError(f"unknown command {command}{suggest_known(command, COMMANDS)}")
             else:
                 answer_once(session, line, pending_images, **generation)
                 pending_images = []

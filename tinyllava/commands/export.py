@@ -22,7 +22,7 @@ from tinyllava.commands.lora_module import make_serve_command, write_lora_module
 from tinyllava.commands.split import write_split
 from tinyllava.console import output
 from tinyllava.errors import UserError
-from tinyllava.factory import suggest_nearest
+from tinyllava.factory import suggest_known
 from tinyllava.infer import find_checkpoint
 from tinyllava.model.parts import DTYPES
 from tinyllava.model.vlm import VLM
@@ -58,9 +58,9 @@ def export_checkpoint(path: str, to: str, output_dir: Path, name: str, dtype: st
     to merge, and if vLLM cannot serve the adapter of `--to adapter`.
     """
     if dtype not in DTYPES:
-        raise UserError(f"unknown dtype '{dtype}'{suggest_nearest(dtype, list(DTYPES))} Known: {', '.join(DTYPES)}.")
+        raise UserError(f"unknown dtype '{dtype}'{suggest_known(dtype, DTYPES)}")
     if to not in FORMS:
-        raise UserError(f"unknown form '{to}'{suggest_nearest(to, list(FORMS))} Known: {', '.join(FORMS)}.")
+        raise UserError(f"unknown form '{to}'{suggest_known(to, FORMS)}")
     if output_dir.exists():
         raise UserError(f"{output_dir} exists already. Choose another --output, or delete it.")
     source = find_checkpoint(path)

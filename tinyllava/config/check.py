@@ -8,7 +8,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from tinyllava.config.schema import NATIVE_TEMPLATE, PARTS, Recipe, TokenizerSpec
 from tinyllava.config.trainer_fields import check_trainer
 from tinyllava.errors import UserError
-from tinyllava.factory import Factory, suggest_nearest
+from tinyllava.factory import Factory, suggest_known, suggest_nearest
 
 
 def explain_error(name: str, error: ValidationError) -> str:
@@ -60,11 +60,9 @@ def check_names(recipe: Recipe) -> None:
         connector, options = Factory("connectors").resolve(name, options)
         parameters = inspect.signature(connector).parameters
         known = [key for key in parameters if key not in ("vision_dim", "text_dim")]
-        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
-            for key in options:
-                if key not in known:
-                    message = f"unknown option '{key}' of model.connector.{name}{suggest_nearest(key, known)}"
-                    raise UserError(f"{message} Known: {', '.join(known) or 'none'}.")
+        takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+        for key in (key for key in options if key not in known and not takes_all):
+            raise UserError(f"unknown option '{key}' of model.connector.{name}{suggest_known(key, known)}")
     for kind, part in (("llms", recipe.model.llm), ("vision_towers", recipe.model.vision_tower)):
         if part is not None and part.family is not None:
             Factory(kind).get(part.family)
@@ -90,7 +88,5 @@ def _check_options(where: str, tuning: type, options: dict[str, Any]) -> None:
         fault = error.errors()[0]
         key, known = str(fault["loc"][0]) if fault["loc"] else "", list(tuning.__dataclass_fields__)
         if key not in known:
-            raise UserError(
-                f"unknown option '{key}' of {where}{suggest_nearest(key, known)} Known: {', '.join(known)}."
-            ) from None
+            raise UserError(f"unknown option '{key}' of {where}{suggest_known(key, known)}") from None
         raise UserError(f"{where}.{key}: {fault['msg']}, found {fault['input']!r}.") from None

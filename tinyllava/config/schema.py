@@ -103,10 +103,6 @@ class MissingValues(StrictModel):
     vision_config: dict[str, Any] | None = None
     tokenizer: str | None = None
 
-    def to_keywords(self) -> dict[str, Any]:
-        """Keywords of `checkpoint.load`."""
-        return self.model_dump(exclude_none=True)
-
 
 class ModelSpec(StrictModel):
     """The three parts and the template; or a `checkpoint` to start from, which contains all four."""
@@ -143,10 +139,8 @@ class ModelSpec(StrictModel):
         """Where the model comes from, in a line: its checkpoint, or its three parts."""
         if self.checkpoint is not None:
             return self.checkpoint
-        tower, llm = (
-            part.name or f"{part.config.get('model_type')} with random weights"
-            for part in (self.vision_tower, self.llm)
-        )
+        parts = (self.vision_tower, self.llm)
+        tower, llm = (part.name or f"{part.config.get('model_type')} with random weights" for part in parts)
         return f"vision tower {tower}, connector {next(iter(self.connector))}, LLM {llm}"
 
 
@@ -231,8 +225,7 @@ class Recipe(StrictModel):
             for name, default in ADDED_LATER.items():
                 if section.get(name) == default:
                     section.pop(name, None)
-        canonical = json.dumps(tree, sort_keys=True)
-        return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+        return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:16]
 
     def to_yaml(self) -> str:
         """The resolved recipe as YAML that `load_recipe` reads, without values that equal the defaults."""

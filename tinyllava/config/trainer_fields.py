@@ -34,7 +34,7 @@ def check_trainer(where: str, options: dict[str, Any]) -> dict[str, Any]:
         if key in former and value:
             raise UserError(f"{where}.{key} is a field of an earlier transformers. Write {former[key]}.")
         if key not in known and key not in former:
-            close = suggest_nearest(key, list(known))
+            close = suggest_nearest(key, known)
             raise UserError(f"unknown key '{where}.{key}'{close} Known: the fields of TrainingArguments.")
         if key in known:
             value = _convert_value(f"{where}.{key}", hints[key], value)
@@ -63,10 +63,8 @@ def check_value(where: str, field: Field, value: Any, hint: Any) -> None:
         raise UserError(f"{where}.{key} follows from `{replaced[key]}`. Set `{replaced[key]}` instead.")
     if key in REFUSED:
         raise UserError(f"{where}.{key} has no effect here: {REFUSED[key]}. Remove it.")
-    enums = [kind for kind in get_args(hint) if isinstance(kind, type) and issubclass(kind, Enum)]
-    listed = (
-        RULES["choices"].get(key) or field.metadata.get("choices") or [each.value for kind in enums for each in kind]
-    )
+    enums = [each for kind in get_args(hint) if isinstance(kind, type) and issubclass(kind, Enum) for each in kind]
+    listed = RULES["choices"].get(key) or field.metadata.get("choices") or [each.value for each in enums]
     choices = [str(choice) for choice in listed]
     words = " ".join(str(getattr(each, "value", each)) for each in (value if isinstance(value, list) else [value]))
     for word in words.split() if choices else ():  # `fsdp: full_shard offload`

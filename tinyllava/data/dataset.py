@@ -9,8 +9,7 @@ index. Rows hold one <image> id per image, and `__getitem__` expands it, so the 
 import copy
 import os
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from PIL import Image
 
 from tinyllava.cache import digest, find_cache_root, hash_columns, lock
 from tinyllava.config import DataSpec
+from tinyllava.console import silence_progress
 from tinyllava.data.bad_records import BadRecords, WorkerError, describe_bad_record
 from tinyllava.data.collate import make_image_inputs
 from tinyllava.data.encode import FEATURES, Encoder, encode_table, expand
@@ -197,7 +197,7 @@ def encode_source(source: Source, encoder: Encoder, cache: Path) -> datasets.Dat
     key = digest(source.key, encoder.hash_code(), *measured_in)
     target = cache / "tokenised" / f"{key}.arrow"
     processes = min(len(source) // RECORDS_PER_PROCESS, os.cpu_count() or 1)
-    with lock(target), _show_progress(len(source) >= RECORDS_PER_PROCESS and sys.stderr.isatty()):
+    with lock(target), silence_progress(len(source) < RECORDS_PER_PROCESS or not sys.stderr.isatty()):
         table = source.records.map(
             partial(encode_table, encoder=encoder, to_sample=source.to_sample, roots=source.roots),
             batched=True,
@@ -213,19 +213,6 @@ def encode_source(source: Source, encoder: Encoder, cache: Path) -> datasets.Dat
         if encoder.tiles and {"missing_image", "unreadable_image"} & set(table.unique("problem")):
             target.unlink(missing_ok=True)  # next time the image may be there: do not keep the error in the cache
         return table
-
-
-@contextmanager
-def _show_progress(shown: bool) -> Iterator[None]:
-    """Show the progress bar of `datasets` only if `shown`: in a terminal, for data that takes a while."""
-    if shown or datasets.are_progress_bars_disabled():
-        yield
-        return
-    datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        datasets.enable_progress_bars()
 
 
 def apply_weight(rows: np.ndarray, weight: float, seed: int | tuple[int, ...]) -> np.ndarray:

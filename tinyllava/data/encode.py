@@ -17,7 +17,7 @@ from tinyllava.cache import digest
 from tinyllava.data.images import read_image_size
 from tinyllava.data.labels import IGNORE
 from tinyllava.data.options import DataOptions
-from tinyllava.data.references import Reference, resolve_reference
+from tinyllava.data.references import resolve_reference
 from tinyllava.data.sample import IMAGE_TOKEN, Sample, SampleError
 from tinyllava.data.sources.source import to_raw_records
 from tinyllava.data.template import image_token_id
@@ -25,6 +25,7 @@ from tinyllava.data.tiles import Grid, count_image_tokens
 
 # The files whose code decides the row of a record: a change in any of them makes the cache out of date.
 CODE = ("sample", "template", "fit", "rendering", "labels", "special_tokens", "encode", "references", "images", "tiles")
+CODE += ("legacy_template",)
 FEATURES = Features(
     {
         "id": Value("string"),
@@ -78,7 +79,7 @@ class Encoder:
         if self.supervised_turns == "last":
             earlier = [replace(message, learned=False) for message in sample.messages[:-1]]
             sample = replace(sample, messages=[*earlier, sample.messages[-1]])
-        grids = [self._find_grid(image, roots) for image in sample.images]
+        grids = [self.tiles.find_grid(read_image_size(each, roots)) if self.tiles else (1, 1) for each in sample.images]
         row = self._make_row(sample, grids)
         if row["length"] > self.max_length:
             row = self._shorten(sample, grids, row["length"])
@@ -97,9 +98,6 @@ class Encoder:
             lists = {"input_ids": [], "labels": [], "images": [], "grids": []}
             numbers = {"length": 0, "supervised": 0, "shortened": False}
             return {"id": record["id"], **lists, **numbers, "problem": error.kind, "detail": error.text}
-
-    def _find_grid(self, image: Reference, roots: Sequence[str]) -> Grid:
-        return self.tiles.find_grid(read_image_size(image, roots)) if self.tiles else (1, 1)
 
     def _make_row(self, sample: Sample, grids: list[Grid]) -> dict[str, Any]:
         encoded = self.bound.encode(sample)
@@ -138,8 +136,9 @@ class Encoder:
         if best is None:
             each = " + ".join(map(str, count_image_tokens(self.tokens_per_image, grids))) or "0"
             counts = each if self.tiles else f"{len(grids)} x {self.tokens_per_image}"
-            text = f"{length} positions ({counts} for images)"
-            text += f"; its first round alone is over max_length {self.max_length}"
+            text = (
+                f"{length} positions ({counts} for images); its first round alone is over max_length {self.max_length}"
+            )
             raise SampleError("too_long", text, sample.id)
         return best
 
@@ -166,8 +165,5 @@ def hash_tokenizer(tokenizer: Any) -> str:
     """A hash of what the tokenizer does. It does not depend on where the tokenizer was loaded from."""
     content = json.loads(tokenizer.backend_tokenizer.to_str())
     content |= {"truncation": None, "padding": None}  # options of the last call, not of the tokenizer
-    return digest(
-        json.dumps(content, sort_keys=True),
-        sorted(map(str, tokenizer.special_tokens_map.items())),
-        tokenizer.chat_template,
-    )
+    specials = sorted(map(str, tokenizer.special_tokens_map.items()))
+    return digest(json.dumps(content, sort_keys=True), specials, tokenizer.chat_template)

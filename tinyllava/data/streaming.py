@@ -80,10 +80,8 @@ class StreamingDataset(torch.utils.data.IterableDataset):
         grids = row["grids"]  # shortening may have dropped the last images
         counts = count_image_tokens(encoder.tokens_per_image, grids)
         ids, labels = expand(np.array(row["input_ids"]), np.array(row["labels"]), encoder.image_token, counts)
-        images = [
-            open_image(image, source.roots, draft=to_draft_size(self.draft, grid))
-            for image, grid in zip(sample.images, grids, strict=False)
-        ]
+        kept = zip(sample.images, grids, strict=False)
+        images = [open_image(image, source.roots, draft=to_draft_size(self.draft, grid)) for image, grid in kept]
         return {
             "input_ids": torch.from_numpy(ids),
             "labels": torch.from_numpy(labels),

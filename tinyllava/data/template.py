@@ -20,15 +20,13 @@ from typing import Any
 from tinyllava.config import NATIVE_TEMPLATE
 from tinyllava.data.fit import compare_ids, find_format, use_known_end, write_probe
 from tinyllava.data.labels import Span, mask
-from tinyllava.data.rendering import OURS, ChatFormat, render_jinja, select_learned
-from tinyllava.data.sample import IMAGE_PART, IMAGE_TOKEN, Message, Sample
+from tinyllava.data.legacy_template import CompatSteps, find_original
+from tinyllava.data.rendering import OURS, ChatFormat, select_learned
+from tinyllava.data.sample import IMAGE_TOKEN, Sample
 from tinyllava.data.special_tokens import add_image_token as add_image_token
-from tinyllava.data.special_tokens import image_token_id, require_fast, swallows_space
+from tinyllava.data.special_tokens import image_token_id, require_fast
 from tinyllava.errors import UserError
 from tinyllava.factory import Factory
-
-# Templates that the original TinyLLaVA Factory had.
-ORIGINALS = ("pretrain", "phi", "llama", "gemma", "qwen2_base", "qwen2_instruct")
 
 
 @dataclass(frozen=True)
@@ -83,7 +81,7 @@ class Template:
         """
         name = str(name)
         if compat:
-            return CompatTemplate.load_original(name)
+            return CompatTemplate(name, read_source(find_original(name)))
         if name == NATIVE_TEMPLATE:
             return Template(name, None)
         is_path = name.endswith(".jinja") or "/" in name
@@ -117,30 +115,27 @@ class Template:
 
     # -- with a tokenizer ----------------------------------------------------------------------------------------------
 
-    def bind(self, tokenizer: Any) -> BoundTemplate:
-        """Fit this template to a tokenizer. Raises UserError if labels would not be exact."""
+    def bind(self, tokenizer: Any, tested: bool = True) -> BoundTemplate:
+        """Fit this template to a tokenizer, if `tested`; else use it as it is.
+
+        Raises UserError if it is tested and labels would not be exact.
+        """
         require_fast(tokenizer)
         source = self.source or read_native_source(tokenizer)
-        key = (tokenizer, source)  # a tokenizer's own template may change
+        key = (tokenizer, source, tested)  # a tokenizer's own template may change
         if key not in self.bound:
-            chat_format = find_format(self.name, use_known_end(self.name, source, tokenizer), tokenizer)
-            probe = write_probe(self.name, chat_format, tokenizer)
-            ids, *prompt_ids = [self.tokenize(text, tokenizer)[0] for text in (probe.text, *probe.prompts)]
-            compare_ids(self.name, probe, ids, prompt_ids)
+            known = use_known_end(self.name, source, tokenizer) if tested else source
+            chat_format = find_format(self.name, known, tokenizer)
+            if tested:
+                probe = write_probe(self.name, chat_format, tokenizer)
+                ids, *prompt_ids = [self.tokenize(text, tokenizer)[0] for text in (probe.text, *probe.prompts)]
+                compare_ids(self.name, probe, ids, prompt_ids)
             self.bound[key] = BoundTemplate(self, tokenizer, chat_format)
         return self.bound[key]
 
     def bind_to_train(self, tokenizer: Any) -> BoundTemplate:
         """`bind` for training, which requires exact labels."""
         return self.bind(tokenizer)
-
-    def bind_untried(self, tokenizer: Any) -> BoundTemplate:
-        """Bind this template as it is, without testing whether labels are exact with the tokenizer."""
-        source = self.source or read_native_source(tokenizer)
-        key = (tokenizer, source, "untried")
-        if key not in self.bound:
-            self.bound[key] = BoundTemplate(self, tokenizer, find_format(self.name, source, tokenizer))
-        return self.bound[key]
 
     def encode(self, sample: Sample, tokenizer: Any) -> dict[str, list[int]]:
         """`bind_to_train(tokenizer).encode(sample)`: ids and labels of a conversation."""
@@ -159,79 +154,8 @@ class Template:
         return self.bind(tokenizer).chat_format.end_of_turn
 
 
-class ServedTemplate(Template):
-    """The chat template of another project's checkpoint. Prompts use it as it is. Training requires exact labels.
-
-    Those of llava-hf are not exact: the prompt ends before the space with which the answer begins.
-    """
-
-    def bind(self, tokenizer: Any) -> BoundTemplate:
-        return self.bind_untried(tokenizer)
-
-    def bind_to_train(self, tokenizer: Any) -> BoundTemplate:
-        Template.bind(self, tokenizer)  # raises UserError if labels would not be exact
-        return self.bind(tokenizer)
-
-
-class CompatTemplate(Template):
-    """The ids and labels of the original TinyLLaVA Factory (commit 53f12c7, `tinyllava/data/template/base.py`).
-
-    A question has at most one image, at its start. A first turn that is not the user's is skipped. The text before and
-    after an image is tokenised separately, so SentencePiece adds a `▁` after the image. A chat template cannot express
-    that: with the jinja of `get_chat_template`, other programs tokenise this place differently.
-    """
-
-    compat = True
-    # The original did not fill the place of the answer in the prompt of its pretrain format.
-    PRETRAIN_PROMPT = "{{content}}\n:"
-
-    @classmethod
-    def load_original(cls, name: str) -> "CompatTemplate":
-        if name not in ORIGINALS:
-            raise UserError(f"compat=True is for the original's templates ({', '.join(ORIGINALS)}), not for '{name}'.")
-        return cls(name, read_source(Factory("templates").find_path(name)))
-
-    def adapt(self, sample: Sample) -> Sample:
-        skipped = bool(sample.messages) and sample.messages[0].role != "user"
-        turns = [
-            Message("user", self._adapt_question(turn.text)) if turn.role == "user" else turn
-            for turn in sample.messages[skipped:]
-        ]
-        return replace(sample, messages=turns)
-
-    def _adapt_question(self, text: str) -> str:
-        if self.name == "pretrain":
-            return IMAGE_TOKEN  # in every turn, even of a sample without an image
-        return (IMAGE_PART + text.replace(IMAGE_TOKEN, "").strip()).strip() if IMAGE_TOKEN in text else text
-
-    def render(self, sample: Sample, tokenizer: Any, prompt: bool = False) -> tuple[str, list[Span]]:
-        text, spans = render_jinja(self.source, sample, tokenizer, prompt)
-        return text + self.PRETRAIN_PROMPT if prompt and self.name == "pretrain" else text, spans
-
-    def tokenize(self, text: str, tokenizer: Any) -> tuple[list[int], list[Span]]:
-        require_fast(tokenizer)
-        pieces, ids, offsets, at = text.split(IMAGE_TOKEN), [], [], 0
-        # The original used slow tokenizers. They add their `▁` also before a leading space; fast ones do not.
-        lead = [int(piece.startswith(" ") and swallows_space(tokenizer)) for piece in pieces]
-        doubled = [" " * spaces + piece for spaces, piece in zip(lead, pieces, strict=True)]
-        encoded = tokenizer(doubled, return_offsets_mapping=True)
-        has_bos = encoded["input_ids"][0][:1] == [tokenizer.bos_token_id]
-        for number, piece in enumerate(pieces):
-            if number:
-                ids.append(image_token_id(tokenizer))
-                offsets.append((at, at + len(IMAGE_TOKEN)))
-                at += len(IMAGE_TOKEN)
-            skip = int(has_bos and number > 0)  # BOS stays before the first piece only
-            shift = at - lead[number]
-            ids += encoded["input_ids"][number][skip:]
-            offsets += [
-                (max(begin + shift, at), end + shift) for begin, end in encoded["offset_mapping"][number][skip:]
-            ]
-            at += len(piece)
-        return ids, offsets
-
-    def bind(self, tokenizer: Any) -> BoundTemplate:
-        return self.bind_untried(tokenizer)
+class CompatTemplate(CompatSteps, Template):
+    """A template of the original TinyLLaVA Factory, with its ids and labels (see legacy_template.py)."""
 
 
 def read_native_source(tokenizer: Any) -> str:

@@ -35,11 +35,13 @@ def find_checkpoint(path: str | Path) -> Path:
     if any(os.path.lexists(path / name) for name in ("config.json", "adapter_config.json")):
         return path
     folders = [path / stage for stage in reversed(read_stage_names(path))] or [path]
-    for folder in folders:
-        candidates = [folder / FINAL, *list_checkpoints(folder)]
-        whole = next((candidate for candidate in candidates if _is_loadable(candidate)), None)
-        if whole:
-            return whole
+    places = [place for folder in folders for place in (folder / FINAL, *list_checkpoints(folder))]
+    for place in filter(Path.is_dir, places):
+        try:
+            checkpoint.read_record(place)
+            return place
+        except UserError as error:
+            logger.warning("skipped: %s", error)
     looked = ", ".join(f"{folder}/final, {folder}/checkpoint-N" for folder in folders)
     raise UserError(f"no complete checkpoint in {path}. Looked for {path}/config.json, {looked}.")
 
@@ -54,18 +56,6 @@ def download_checkpoint(name: str) -> Path:
     except (HTTPError, HFValidationError, LocalEntryNotFoundError):
         where = "is not on the Hub, or is private" if is_hub_reachable() else "the Hub cannot be reached"
         raise UserError(f"{name} is not a directory, not in the Hub's cache, and {where}. {remedy}") from None
-
-
-def _is_loadable(directory: Path) -> bool:
-    """Whether a checkpoint exists and is complete. An incomplete one is logged."""
-    if not directory.is_dir():
-        return False
-    try:
-        checkpoint.read_record(directory)
-    except UserError as error:
-        logger.warning("skipped: %s", error)
-        return False
-    return True
 
 
 def find_device(name: str | torch.device | None) -> torch.device:

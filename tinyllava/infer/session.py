@@ -57,10 +57,8 @@ class Session:
         if suppressed is None:  # a checkpoint of another package: ours list these ids
             suppressed = [self.model.config.image_token_id]
         # The rest of the LLM's own generation config is dropped: Qwen2's asks for sampling and a repetition penalty.
-        end_ids = sorted(self.reader.end_ids) or None
-        self.model.generation_config = GenerationConfig(
-            eos_token_id=end_ids, pad_token_id=self.pad_id, suppress_tokens=suppressed
-        )
+        ids = {"eos_token_id": sorted(self.reader.end_ids) or None, "pad_token_id": self.pad_id}
+        self.model.generation_config = GenerationConfig(**ids, suppress_tokens=suppressed)
         # Only one thread computes at a time: streams are threads, and the tower's early stop adds hooks to its modules.
         self.busy = threading.RLock()
         self.images = ImageEncoder(self.model, self.processor)
@@ -201,14 +199,13 @@ class Session:
             }
             prompts = {key: prompt for key, (prompt, _) in rows.items()}
             limits = {key: self.limit_new_tokens(prompt, 1) for key, prompt in prompts.items()}
-            open_samples: dict[int, dict[int, Likelihood]] = {index: {} for index in pool if options[index]}
+            scored: dict[int, dict[int, Likelihood]] = {index: {} for index in pool}
             for batch in self._make_batches(prompts, limits, batch_size):
                 likelihoods = score_options(self.engine, [rows[key] for key in batch])
                 for (index, number), likelihood in zip(batch, likelihoods, strict=True):
-                    open_samples[index][number] = likelihood
-                for index in [index for index in open_samples if len(open_samples[index]) == len(options[index])]:
-                    scored = open_samples.pop(index)
-                    yield index, [scored[number] for number in range(len(scored))]
+                    scored[index][number] = likelihood
+                    if len(scored[index]) == len(options[index]):
+                        yield index, [scored[index][number] for number in sorted(scored[index])]
 
     # -- prompts -------------------------------------------------------------------------------------------------------
 

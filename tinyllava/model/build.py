@@ -6,7 +6,7 @@ Each part comes from a Hub id, a local directory, or a config with random weight
 """
 
 import copy
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,18 +66,13 @@ def build(
 
     config = make_config(spec, parts, images, image_size, empty)
     check_feature_layers(config)
-    with _make_weights(empty):
+    with torch.device("meta") if empty else nullcontext():
         model = assemble(config, parts, seed)
     config.image_seq_length = model.model.multi_modal_projector.num_tokens(config.num_patches)
 
     chat_template = template.get_chat_template(parts.tokenizer)
     processor = build_processor(config, images, parts.tokenizer, chat_template, config.image_seq_length)
     return VLM(model, processor, template)
-
-
-def _make_weights(empty: bool) -> AbstractContextManager:
-    """The context in which new weights are created: with `empty` it is the meta device, which has only shapes."""
-    return torch.device("meta") if empty else nullcontext()
 
 
 def load_template(spec: ModelSpec) -> Template:
@@ -101,9 +96,9 @@ def load_parts(spec: ModelSpec, tokenizer: PreTrainedTokenizerFast | None, seed:
     image_token_id = add_image_token(tokenizer)
     own_tokens = add_own_tokens(tokenizer, spec.add_tokens)
     if spec.llm.config is not None:  # an LLM from a config has the vocabulary of its tokenizer by default
-        llm_config = fit_vocabulary(llm_config, tokenizer, spec.llm.config)
+        fit_vocabulary(llm_config, tokenizer, spec.llm.config)
     set_seed(seed)
-    with _make_weights(empty):
+    with torch.device("meta") if empty else nullcontext():  # which has only shapes
         llm = load_part("llm", spec.llm, llm_config, AutoModelForCausalLM, spec.dtype, empty)
         tower = load_part("vision_tower", spec.vision_tower, tower_config, AutoModel, spec.dtype, empty)
         rows, needed = llm.get_input_embeddings().num_embeddings, max(len(tokenizer), image_token_id + 1)

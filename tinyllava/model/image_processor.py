@@ -11,7 +11,6 @@ every image into `pixel_values` [3, S, S] with the same side S, normalised with 
 `do_rescale=False, do_normalize=False` the values stay in 0..255, and the model normalises them on its device.
 """
 
-import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,7 +26,7 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 from tinyllava.config import VisionTowerSpec
 from tinyllava.errors import UserError
 from tinyllava.factory import check_trusted, load_code
-from tinyllava.files import FAULTS, shorten_error
+from tinyllava.files import FAULTS, read_json, shorten_error
 from tinyllava.model.parts import is_hub_reachable, locate_part
 from tinyllava.vision_towers import find_family, split_tower_name
 
@@ -66,11 +65,9 @@ def read_image_fields(name: str) -> dict[str, Any]:
     path = Path(name).expanduser()
     path = path / FILE if path.is_dir() else path
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(
-            f"cannot read the image processor {path}: {getattr(error, 'strerror', None) or error}. {REMEDY}"
-        ) from None
+        fields = read_json(path)
+    except UserError as error:
+        raise UserError(f"image processor: {error} {REMEDY}") from None
     if not fields.get("do_rescale", True) or abs(fields.get("rescale_factor", 1 / 255) * 255 - 1) > 1e-3:
         raise UserError(
             f"{path}: pixels are always rescaled by 1/255. Express other factors in image_mean and image_std."

@@ -3,8 +3,7 @@
 import logging
 import os
 import socket
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,9 @@ from urllib.parse import urlsplit
 import torch
 from huggingface_hub.constants import ENDPOINT, HF_HUB_OFFLINE
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
-from transformers.utils import logging as transformers_logging
 
 from tinyllava.config import PART_TITLES, LLMSpec, ModelSpec, TokenizerSpec, VisionTowerSpec
+from tinyllava.console import silence_transformers
 from tinyllava.errors import UserError
 from tinyllava.factory import Factory, suggest_nearest
 from tinyllava.files import FAULTS, check_model_files, shorten_error
@@ -119,17 +118,6 @@ def load_part(
     return model
 
 
-@contextmanager
-def silence_transformers() -> Iterator[None]:
-    """Hide transformers' table of missing and unexpected weights: our own message names them in one line."""
-    before = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(before)
-
-
 def load_tokenizer(spec: LLMSpec) -> PreTrainedTokenizerFast:
     """The LLM's tokenizer, or the one that the recipe names. Raises UserError if the recipe has to train it first."""
     if isinstance(spec.tokenizer, TokenizerSpec):
@@ -140,14 +128,11 @@ def load_tokenizer(spec: LLMSpec) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def fit_vocabulary(
-    config: PreTrainedConfig, tokenizer: PreTrainedTokenizerFast, stated: dict[str, Any]
-) -> PreTrainedConfig:
+def fit_vocabulary(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerFast, stated: dict[str, Any]) -> None:
     """Set a config's vocabulary size and special ids to those of the tokenizer, unless the recipe states them."""
     special_ids = ("bos_token_id", "eos_token_id", "pad_token_id")
     fields = {"vocab_size": len(tokenizer), **{name: getattr(tokenizer, name) for name in special_ids}}
     config.update({name: value for name, value in fields.items() if name not in stated})
-    return config
 
 
 def load_named(part: str, name: str, load: Callable, **kwargs: Any) -> Any:

@@ -48,15 +48,8 @@ class TinyLlavaProcessor(LlavaProcessor):
         tiles: int | None = None,
         code: str | None = None,
     ) -> None:
-        super().__init__(
-            image_processor,
-            tokenizer,
-            patch_size,
-            vision_feature_select_strategy,
-            chat_template,
-            image_token,
-            num_additional_image_tokens,
-        )
+        parts, patches = (image_processor, tokenizer), (patch_size, vision_feature_select_strategy)
+        super().__init__(*parts, *patches, chat_template, image_token, num_additional_image_tokens)
         self.tokens_per_image, self.tiles, self.code = tokens_per_image, tiles, code
 
     @classmethod
@@ -86,15 +79,12 @@ class TinyLlavaProcessor(LlavaProcessor):
         """The inputs that the model takes for images, and the placeholders of each image."""
         if self.tiles is None:
             return super()._process_images(images, **kwargs)
-        images = [
-            open_image(image if isinstance(image, Image.Image) else to_pil_image(image))
-            for image in make_flat_list_of_images(images)
-        ]
+        images = make_flat_list_of_images(images)
+        images = [open_image(each if isinstance(each, Image.Image) else to_pil_image(each)) for each in images]
         grids = self.choose_grids([image.size for image in images])
-        pixel_values = self._make_views(images, grids, **{**kwargs, "return_tensors": None})
-        inputs = BatchFeature(
-            {"pixel_values": pixel_values, "image_grids": grids}, tensor_type=kwargs.get("return_tensors")
-        )
+        tensor_type = kwargs.pop("return_tensors", None)
+        pixel_values = self._make_views(images, grids, **kwargs, return_tensors=None)
+        inputs = BatchFeature({"pixel_values": pixel_values, "image_grids": grids}, tensor_type=tensor_type)
         return inputs, [self.replace_image_token(inputs, index) for index in range(len(grids))]
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs: object) -> str:

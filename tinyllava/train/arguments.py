@@ -17,7 +17,7 @@ from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION, get_scheduler
 from tinyllava.config import Recipe, Stage
 from tinyllava.config.trainer_fields import RULES, check_trainer
 from tinyllava.errors import UserError
-from tinyllava.factory import suggest_nearest
+from tinyllava.factory import suggest_known, suggest_nearest
 from tinyllava.train.plan import Plan
 
 SCHEDULED = ("optimizer", "num_warmup_steps", "num_training_steps", "last_epoch")  # what the Trainer gives a scheduler
@@ -83,7 +83,7 @@ def find_deepspeed_config(where: str, options: Mapping[str, Any]) -> dict[str, A
         raise UserError(f"{where}: deepspeed and fsdp cannot be used together. Remove one of them.")
     named = RULES["deepspeed"]
     if isinstance(config, str) and config not in named and not (config.startswith("{") or Path(config).is_file()):
-        close = suggest_nearest(config, list(named))
+        close = suggest_nearest(config, named)
         raise UserError(f"{where}.deepspeed: no file '{config}'{close} Known: {', '.join(named)}, or a JSON file.")
     if find_spec("deepspeed") is None:
         raise UserError(f'{where}.deepspeed requires DeepSpeed: pip install "tinyllava-factory[deepspeed]"')
@@ -114,7 +114,7 @@ def check_arguments(where: str, stage: Stage, args: TrainingArguments) -> None:
     args.report_to = [name for name in args.report_to if name]  # `report_to: null`
     available = get_available_reporting_integrations()
     for name in (name for name in args.report_to if name not in available):
-        close = "." if name in INTEGRATION_TO_CALLBACK else suggest_nearest(name, list(INTEGRATION_TO_CALLBACK))
+        close = "." if name in INTEGRATION_TO_CALLBACK else suggest_nearest(name, INTEGRATION_TO_CALLBACK)
         raise UserError(f"{where}.report_to: {name} is not installed{close} Installed: {', '.join(available)}, none.")
     check_optimizer(where, args)
 
@@ -148,8 +148,7 @@ def check_keys(where: str, options: Any, known: Sequence[str]) -> None:
         raise UserError(f"{where}: expected a mapping, found '{str(options)[:80]}'.")
     for key in options or ():
         if key not in known:
-            close = suggest_nearest(key, list(known))
-            raise UserError(f"{where}: unknown key '{key}'{close} Known: {', '.join(known)}.")
+            raise UserError(f"{where}: unknown key '{key}'{suggest_known(key, known)}")
 
 
 def find_ignored_options(args: TrainingArguments, used: Mapping[str, Any]) -> str | None:

@@ -58,21 +58,14 @@ class PlannedStream(IterableDataset):
     """A stream planned in windows of one optimiser step. Every rank reads all of it and takes its own micro-batches."""
 
     def __init__(
-        self,
-        dataset: StreamingDataset,
-        global_batch_size: int,
-        micro_batch_size: int,
-        world_size: int,
-        rank: int,
-        collate: Callable[[list[dict[str, Any]]], dict[str, Tensor]],
+        self, dataset: StreamingDataset, size: int, micro: int, world: int, rank: int, collate: Callable[[list], dict]
     ) -> None:
-        self.dataset, self.rank, self.collate = dataset, rank, collate
-        self.global_batch_size, self.micro_batch_size, self.world_size = global_batch_size, micro_batch_size, world_size
+        """size: samples of a step, the global batch. micro: of a micro-batch. world: the number of ranks."""
+        self.dataset, self.rank, self.collate, self.shape = dataset, rank, collate, (size, micro, world)
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         """Passes over the stream without an end: a run resumes by skipping steps, also those of earlier passes."""
-        size = self.global_batch_size
-        has_steps = True
+        has_steps, size = True, self.shape[0]
         while has_steps:
             has_steps, window = False, []
             for item in self.dataset:
@@ -80,7 +73,7 @@ class PlannedStream(IterableDataset):
                 # An incomplete last window is left out, because its ranks would have unequal shares.
                 if len(window) == size:
                     lengths = [len(sample["input_ids"]) for sample in window]
-                    plan = Plan(lengths, size, self.micro_batch_size, self.world_size, order=range(size))
+                    plan = Plan(lengths, *self.shape, order=range(size))
                     for batch in plan.iterate_epoch(0, self.rank):
                         yield self.collate([window[entry.sample] for entry in batch])
                     has_steps, window = True, []

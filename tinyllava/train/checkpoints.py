@@ -19,11 +19,8 @@ class CheckpointWriter:
         """start_files: the files of the weights that the stage started from (see `train.start`)."""
         self.vlm, self.stage, self.record = vlm, stage, record
         self.untrained = find_untrained_parts(vlm.model)
-        self.dtypes = {
-            name: weight.stored_dtype
-            for name, weight in vlm.model.named_parameters()
-            if hasattr(weight, "stored_dtype")
-        }
+        weights = vlm.model.named_parameters()
+        self.dtypes = {name: weight.stored_dtype for name, weight in weights if hasattr(weight, "stored_dtype")}
         self.files = {part: files for part, files in start_files.items() if part in self.untrained}
 
     def write(

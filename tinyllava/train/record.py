@@ -17,6 +17,7 @@ from transformers import TrainingArguments
 from tinyllava import atomic
 from tinyllava.config import Recipe
 from tinyllava.config.read import parse_recipe
+from tinyllava.console import is_main_process
 from tinyllava.identity import check_same_run
 from tinyllava.provenance import get_git_state, get_versions
 from tinyllava.runs import RECIPE, RUN, read_begun_stages, read_start
@@ -59,10 +60,8 @@ class RunRecord:
         """Record and log what changed since the last start. resumed: the record of the checkpoint to resume from."""
         if self.changes:
             logger.info("stage %s: changed since the last start: %s", stage, ", ".join(map(str, self.changes)))
-        earlier, place = (
-            resumed.get("changes", self.content["changes"]),
-            {"stage": stage, "step": resumed.get("step", 0)},
-        )
+        earlier, step = resumed.get("changes", self.content["changes"]), resumed.get("step", 0)
+        place = {"stage": stage, "step": step}
         self.content["changes"] = [*earlier, *(place | change.to_dict() for change in self.changes)]
         self.changes = []
 
@@ -72,9 +71,10 @@ class RunRecord:
         self.write()
 
     def write(self) -> None:
-        """Write the file, and the recipe beside it."""
-        atomic.write_text(self.directory / RECIPE, self.recipe_yaml)
-        atomic.write_text(self.directory / RUN, json.dumps(self.content, indent=2) + "\n")
+        """Write the file, and the recipe beside it, in the main process."""
+        if is_main_process():
+            atomic.write_text(self.directory / RECIPE, self.recipe_yaml)
+            atomic.write_text(self.directory / RUN, json.dumps(self.content, indent=2) + "\n")
 
     def describe_stage(self, name: str, step: int) -> dict[str, Any]:
         """The part of the record that a checkpoint of this stage contains."""

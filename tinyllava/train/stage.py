@@ -86,8 +86,7 @@ def run(recipe: Recipe, name: str, output: Path, overwrite: bool = False, follow
             run_stage(recipe, stage, previous, output / stage, record, follow)
         previous = final
     record.add_changes(stage, {"step": record.content["stages"][stage].get("steps")})
-    if is_main_process():
-        record.write()
+    record.write()
     return final
 
 
@@ -130,8 +129,7 @@ def run_stage(
     facts = {"data": setup.dataset.sources, "validation": listed, "bad_samples": setup.dataset.bad_records.to_dict()}
     check_data_unchanged(name, before, facts)
     record.add_changes(name, before)
-    if is_main_process():
-        record.update_stage(name, **facts, tuned=[vars(part) for part in setup.parts])
+    record.update_stage(name, **facts, tuned=[vars(part) for part in setup.parts])
     for callback in follow(name, setup, output) if follow else ():
         trainer.add_callback(callback)
 
@@ -141,10 +139,8 @@ def run_stage(
 
     logger.info("stage %s: saving %s", name, output / FINAL)
     trainer.save_final(output / FINAL)
-    if is_main_process():
-        record.update_stage(
-            name, finished=True, steps=trainer.state.global_step, skipped_in_training=len(trainer.skipped)
-        )
+    steps, skipped = trainer.state.global_step, len(trainer.skipped)
+    record.update_stage(name, finished=True, steps=steps, skipped_in_training=skipped)
 
 
 def prepare_stage(

@@ -31,7 +31,7 @@ def start_run(recipe: Recipe, empty: bool = False) -> VLM:
     model = recipe.model
     if model.checkpoint is None:
         return build(model, make_tokenizer(recipe), recipe.seed, empty)
-    vlm = checkpoint.load(Path(model.checkpoint), DTYPES[model.dtype], **model.lacking.to_keywords())
+    vlm = checkpoint.load(Path(model.checkpoint), DTYPES[model.dtype], **model.lacking.model_dump(exclude_none=True))
     add_tokens(vlm, model.add_tokens)
     return vlm
 

@@ -218,15 +218,11 @@ class Trainer(transformers.Trainer):
         self.control.should_save |= is_best and self.args.load_best_model_at_end
         return is_best
 
-    def find_best_checkpoint(self) -> Path | None:
-        """The checkpoint with the lowest validation loss, if that is asked for and was saved."""
-        path = Path(self.args.output_dir) / f"checkpoint-{self.state.best_global_step}"
-        return path if path.is_dir() else None
-
     def _finalize_training(self, *args: Any) -> TrainOutput:
         """Load the best weights, if asked. HF would load other files, and delete all other checkpoints."""
-        best, self.state.best_model_checkpoint = self.find_best_checkpoint(), None
-        if self.args.load_best_model_at_end and best is None:
+        best = Path(self.args.output_dir) / f"checkpoint-{self.state.best_global_step}"
+        self.state.best_model_checkpoint = None
+        if self.args.load_best_model_at_end and not best.is_dir():
             logger.warning("no checkpoint with the best weights is there: the last weights are saved.")
         elif self.args.load_best_model_at_end:
             logger.info("the best weights are those of %s: loss %.4f", best.name, self.state.best_metric)

@@ -56,8 +56,7 @@ def select_tuning(model: TinyLlavaForConditionalGeneration, tune: Tune) -> dict[
     selections = {}
     for part in PARTS:
         ((name, options),) = getattr(tune, part).tuning.items()
-        tuning = Factory("tuning").get(name)(**options)
-        selections[part] = tuning.select(get_tunable_part(model, part))
+        selections[part] = Factory("tuning").get(name)(**options).select(get_tunable_part(model, part))
     return selections
 
 
@@ -71,11 +70,9 @@ def apply_tuning(
     """
     selections = selections or select_tuning(model, tune)
     model.requires_grad_(False)
-    layers = {
-        f"{MODULES[part]}.{name}": selection.quantisation
-        for part, selection in selections.items()
-        for name in selection.quantised
-    }
+    layers = {}
+    for part, selection in selections.items():
+        layers |= {f"{MODULES[part]}.{name}": selection.quantisation for name in selection.quantised}
     if layers:
         quantise(model, layers)
     if any(selection.lora_targets for selection in selections.values()):
@@ -180,12 +177,8 @@ def _check_fields(adapted: Mapping[str, Selection]) -> None:
 
 def find_untrained_parts(model: TinyLlavaForConditionalGeneration) -> list[str]:
     """The parts whose base weights are not trained: frozen ones, and those under an adapter."""
-    trained = {
-        find_part(name)
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad and not is_adapter(name)
-    }
-    return [part for part in PARTS if part not in trained]
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    return [part for part in PARTS if part not in {find_part(name) for name in trained if not is_adapter(name)}]
 
 
 def find_layer_classes(model: TinyLlavaForConditionalGeneration) -> set[str]:
@@ -213,13 +206,9 @@ def make_parameter_groups(
             continue
         part = find_part(name)
         decays = name in decayed and not hasattr(parameter, "trained_rows")
-        group = {
-            "params": [],
-            "lr": getattr(tune, part).lr or lr,
-            "weight_decay": weight_decay if decays else 0.0,
-            "part": part,
-        }
-        groups.setdefault((part, decays), group)["params"].append(parameter)
+        group = groups.setdefault((part, decays), {"params": [], "part": part})
+        group |= {"lr": getattr(tune, part).lr or lr, "weight_decay": weight_decay if decays else 0.0}
+        group["params"].append(parameter)
     return list(groups.values())
 
 

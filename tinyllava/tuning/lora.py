@@ -50,13 +50,7 @@ class Tuning:
                 f"LoRA targets '{self.targets}' match nothing in the {part.title} ({examples}, ...)."
                 " Use all-linear, attention, or a regular expression on such names."
             )
-        options = {
-            "r": self.r,
-            "lora_alpha": self.alpha,
-            "lora_dropout": self.dropout,
-            "use_dora": self.use_dora,
-            "use_rslora": self.use_rslora,
-            "init_lora_weights": self.init_lora_weights,
-        }
+        same = {name: getattr(self, name) for name in ("r", "use_dora", "use_rslora", "init_lora_weights")}
+        options = {**same, "lora_alpha": self.alpha, "lora_dropout": self.dropout}
         rows = part.require_new_rows() if self.new_tokens else {}
         return Selection(lora_targets=targets, lora=options, rows=rows)

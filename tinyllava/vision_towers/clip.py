@@ -18,9 +18,5 @@ class VisionTower:
     @staticmethod
     def image_processor(config: PretrainedConfig) -> dict:
         """Bicubic resize of the short side to the image size, then a centre crop."""
-        return {
-            "size": {"shortest_edge": config.image_size},
-            "do_center_crop": True,
-            "image_mean": OPENAI_CLIP_MEAN,
-            "image_std": OPENAI_CLIP_STD,
-        }
+        statistics = {"image_mean": OPENAI_CLIP_MEAN, "image_std": OPENAI_CLIP_STD}
+        return {"size": {"shortest_edge": config.image_size}, "do_center_crop": True, **statistics}

@@ -5,6 +5,8 @@ from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from tinyllava.vision_towers.clip import VisionTower as CLIP
 
+STATISTICS = {"image_mean": IMAGENET_DEFAULT_MEAN, "image_std": IMAGENET_DEFAULT_STD}
+
 
 class VisionTower(CLIP):
     """One CLS token, as in CLIP, and another image processor."""
@@ -16,10 +18,5 @@ class VisionTower(CLIP):
         DINOv2 was trained at 518 px but is published with a 224 px processor: its position embeddings are interpolated.
         """
         crop = min(224, config.image_size)
-        return {
-            "size": {"shortest_edge": crop * 256 // 224},
-            "crop_size": {"height": crop, "width": crop},
-            "do_center_crop": True,
-            "image_mean": IMAGENET_DEFAULT_MEAN,
-            "image_std": IMAGENET_DEFAULT_STD,
-        }
+        sizes = {"size": {"shortest_edge": crop * 256 // 224}, "crop_size": {"height": crop, "width": crop}}
+        return {**sizes, "do_center_crop": True, **STATISTICS}

@@ -5,8 +5,9 @@ config).
 """
 
 from transformers import PretrainedConfig
-from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, PILImageResampling
+from transformers.image_utils import PILImageResampling
 
+from tinyllava.vision_towers.dinov2 import STATISTICS
 from tinyllava.vision_towers.dinov2_with_registers import VisionTower as DINOv2WithRegisters
 
 
@@ -16,10 +17,5 @@ class VisionTower(DINOv2WithRegisters):
     @staticmethod
     def image_processor(config: PretrainedConfig) -> dict:
         """Bilinear resize to a square, the same as DINOv3's own processor, but without torchvision."""
-        return {
-            "size": {"height": config.image_size, "width": config.image_size},
-            "do_center_crop": False,
-            "resample": PILImageResampling.BILINEAR,
-            "image_mean": IMAGENET_DEFAULT_MEAN,
-            "image_std": IMAGENET_DEFAULT_STD,
-        }
+        size = {"height": config.image_size, "width": config.image_size}
+        return {"size": size, "do_center_crop": False, "resample": PILImageResampling.BILINEAR, **STATISTICS}

@@ -17,9 +17,5 @@ class VisionTower:
     @staticmethod
     def image_processor(config: PretrainedConfig) -> dict:
         """Bicubic resize to a square, which changes the aspect ratio; values in [-1, 1]."""
-        return {
-            "size": {"height": config.image_size, "width": config.image_size},
-            "do_center_crop": False,
-            "image_mean": [0.5] * 3,
-            "image_std": [0.5] * 3,
-        }
+        size = {"height": config.image_size, "width": config.image_size}
+        return {"size": size, "do_center_crop": False, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}

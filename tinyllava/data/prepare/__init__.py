@@ -19,7 +19,7 @@ import yaml
 from pydantic import BaseModel, Field, model_validator
 
 from tinyllava.errors import UserError
-from tinyllava.factory import suggest_nearest
+from tinyllava.factory import suggest_known
 
 FOLDER = Path(__file__).parent
 SHARD = re.compile(r"(.+)-\d+-of-(\d+)\.parquet")
@@ -95,7 +95,7 @@ def load_description(name: str) -> DatasetDescription:
     """Load the description of the dataset called `name`. Raises UserError for an unknown name."""
     names = list_datasets()
     if name not in names:
-        raise UserError(f"unknown dataset '{name}'{suggest_nearest(name, names)} Known: {', '.join(names)}.")
+        raise UserError(f"unknown dataset '{name}'{suggest_known(name, names)}")
     return DatasetDescription.model_validate(yaml.safe_load((FOLDER / f"{name}.yaml").read_text(encoding="utf-8")))
 
 

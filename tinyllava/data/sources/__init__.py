@@ -26,7 +26,7 @@ from tinyllava.data.sources._json import check_exists, parse_records
 from tinyllava.data.sources.source import Source as Source
 from tinyllava.data.sources.source import unpack as unpack
 from tinyllava.errors import UserError
-from tinyllava.factory import suggest_nearest
+from tinyllava.factory import suggest_known
 
 # In the order in which they are tried. The last two open the file and look at its first records.
 FORMATS = {"stamps": stamps, "hub": hub, "llava_json": llava_json, "messages": messages}
@@ -59,10 +59,7 @@ def _find_format(spec: DataSpec) -> ModuleType:
         except ModuleNotFoundError as error:
             raise UserError(f"format {spec.format} of {spec.path} cannot be imported: {error}.") from None
     if spec.format not in FORMATS:
-        known = ", ".join(FORMATS)
-        raise UserError(
-            f"unknown data format '{spec.format}'{suggest_nearest(spec.format, list(FORMATS))} Known: {known}."
-        )
+        raise UserError(f"unknown data format '{spec.format}'{suggest_known(spec.format, FORMATS)}")
     return FORMATS[spec.format]
 
 

@@ -65,13 +65,12 @@ def _load(spec: DataSpec, cache_dir: Path) -> datasets.Dataset | datasets.Iterab
         return saved.to_iterable_dataset() if spec.streaming else saved
     # What comes from the Hub stays in the Hub's own cache.
     cache = str(cache_dir / "datasets") if path.suffix == ".parquet" or path.is_dir() else None
+    named = {"path": spec.path, "name": spec.name, "split": spec.split}
     if path.suffix == ".parquet":
-        return datasets.load_dataset(
-            "parquet", data_files=str(path), split="train", streaming=spec.streaming, cache_dir=cache
-        )
-    if not path.exists() and not HUB_ID.fullmatch(spec.path):
+        named = {"path": "parquet", "data_files": str(path), "split": "train"}
+    elif not path.exists() and not HUB_ID.fullmatch(spec.path):
         raise FileNotFoundError("no such file or folder")
-    return datasets.load_dataset(spec.path, spec.name, split=spec.split, streaming=spec.streaming, cache_dir=cache)
+    return datasets.load_dataset(**named, streaming=spec.streaming, cache_dir=cache)
 
 
 def _explain(spec: DataSpec, error: Exception) -> str:
