@@ -27,9 +27,9 @@ from tinyllava.model.vlm import VLM
 
 LLM = "model.language_model."
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # the values of vLLM's --max-lora-rank
-# Fields of peft's LoraConfig that change what an adapter computes, and that vLLM does not have.
 # The linear layers that vLLM's Llava can adapt. Phi-3 has others: qkv_proj and gate_up_proj.
 LAYERS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+# Fields of peft's LoraConfig that change what an adapter computes, and that vLLM does not have.
 NOT_SERVED = (
     "use_dora",
     "lora_bias",
