@@ -80,12 +80,9 @@ def check_base(directory: Path, base: list[Path]) -> None:
     with safe_open(directory / ADAPTER, framework="pt") as file:
         trained_on = json.loads((file.metadata() or {}).get("base", "{}"))
     present = hash_weights(base) if trained_on else {}
-    different = [part for part in trained_on if present.get(part) != trained_on[part]]
-    if different:
-        expected, actual = (
-            ", ".join(f"{part} {hashes.get(part, 'none')[:12]}" for part in different)
-            for hashes in (trained_on, present)
-        )
+    if different := [part for part in trained_on if present.get(part) != trained_on[part]]:
+        both = [[f"{part} {hashes.get(part, 'none')[:12]}" for part in different] for hashes in (trained_on, present)]
+        expected, actual = map(", ".join, both)
         raise UserError(
             f"the adapter in {directory} belongs to another base: it was trained on {expected}, but the directory holds"
             f" {actual} (hashes of the weights). Put it next to the weights that it was saved with."

@@ -84,9 +84,8 @@ def _load_vlm(directory: Path, how: dict[str, Any], missing: dict[str, Any]) -> 
     _drop_copies(model)
 
     tokenizer, chat_template = plain_processor.tokenizer, plain_processor.chat_template
-    template = _read_template(record)
+    template = Template.load(template_name) if template_name else _read_template(record)
     if template_name:
-        template = Template.load(template_name)
         chat_template = template.get_chat_template(tokenizer)
     images, tokens = plain_processor.image_processor, config.image_seq_length
     return VLM(model.eval(), build_processor(config, images, tokenizer, chat_template, tokens), template, record)

@@ -71,19 +71,11 @@ def _read_tree(name: str, seen: tuple[str, ...]) -> DictConfig:
         base = str(path.parent / base)  # relative to the recipe that names it
     tree = _read_tree(base, (*seen, str(path))) if base else OmegaConf.create({})
     dotted = {key: recipe.pop(key) for key in list(recipe) if "." in str(key)}
-    tree = _order_stages(OmegaConf.merge(tree, recipe), recipe.get("stages"))
+    tree, stages = OmegaConf.merge(tree, recipe), recipe.get("stages")
+    if stages is not None and set(stages) == set(tree.stages):  # all are listed: a new one can come between others
+        tree.stages = {name: tree.stages[name] for name in stages}
     for key, value in dotted.items():
         _replace_value(tree, key, value)
-    return tree
-
-
-def _order_stages(tree: DictConfig, stages: DictConfig | None) -> DictConfig:
-    """Take the order of the stages from a recipe that lists all of them.
-
-    A new stage can then come between inherited ones.
-    """
-    if stages is not None and set(stages) == set(tree.stages):
-        tree.stages = {name: tree.stages[name] for name in stages}
     return tree
 
 

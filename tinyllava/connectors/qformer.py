@@ -21,8 +21,7 @@ class Connector(nn.Module):
     def __init__(self, vision_dim: int, text_dim: int, num_queries: int = 128, **options: object):
         super().__init__()
         known = sorted({"num_queries", *Blip2QFormerConfig.__annotations__} - {"encoder_hidden_size"})
-        unknown = [name for name in options if name not in known]
-        if unknown:
+        if unknown := [name for name in options if name not in known]:
             raise UserError(f"connector qformer has no option '{unknown[0]}'. Known: {', '.join(known)}.")
         config = Blip2QFormerConfig(encoder_hidden_size=vision_dim, **options)
         if config.hidden_size % config.num_attention_heads:

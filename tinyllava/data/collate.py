@@ -49,11 +49,9 @@ class Collator:
             "labels": pad_sequence([item["labels"] for item in items], True, IGNORE),
             "index": torch.tensor([item["index"] for item in items]),
         }
-        pixels = [item["pixel_values"] for item in items if item["pixel_values"] is not None]
-        if pixels:
+        if pixels := [item["pixel_values"] for item in items if item["pixel_values"] is not None]:
             batch["pixel_values"] = torch.cat(pixels)
-        grids = [item["image_grids"] for item in items if "image_grids" in item]
-        if grids:
+        if grids := [item["image_grids"] for item in items if "image_grids" in item]:
             batch["image_grids"] = torch.cat(grids)
         skipped = [bool(item.get("skipped")) for item in items]
         if any(skipped):

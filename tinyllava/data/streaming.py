@@ -32,8 +32,7 @@ class StreamingDataset(torch.utils.data.IterableDataset):
     def __init__(
         self, specs: Sequence[DataSpec], origins: list[Source], encoder: Encoder, options: DataOptions
     ) -> None:
-        mapped = [spec.path for spec, source in zip(specs, origins, strict=True) if not source.streaming]
-        if mapped:
+        if mapped := [spec.path for spec, source in zip(specs, origins, strict=True) if not source.streaming]:
             raise UserError(
                 f"{mapped[0]} does not stream but others do. Set `streaming: true` for all data of a stage, or none."
             )

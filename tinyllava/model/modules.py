@@ -18,11 +18,8 @@ def find_blocks(module: nn.Module) -> list[str]:
         towers = ([f"{name}.{block}" for block in find_blocks(tower)] for name, tower in module.members.items())
         levels = zip_longest(*(reversed(blocks) for blocks in towers))
         return [block for level in levels for block in reversed(level) if block][::-1]
-    lists = [
-        (name, child)
-        for name, child in module.named_modules()
-        if isinstance(child, nn.ModuleList) and len({type(layer) for layer in child}) == 1
-    ]
+    lists = [(name, child) for name, child in module.named_modules() if isinstance(child, nn.ModuleList)]
+    lists = [(name, layers) for name, layers in lists if len({type(layer) for layer in layers}) == 1]
     if not lists:
         return []
     name, blocks = max(lists, key=lambda item: len(item[1]))

@@ -188,8 +188,7 @@ def make_part_config(part: str, fields: dict[str, Any]) -> PreTrainedConfig:
         known = AutoConfig.for_model(model_type)
     except ValueError:
         raise UserError(f"model.{part}.config: transformers does not know the model_type '{model_type}'.") from None
-    wrong = [name for name in fields if not hasattr(known, name)]
-    if wrong:
+    if wrong := [name for name in fields if not hasattr(known, name)]:
         known_names = [name for name in known.to_dict() if not name.startswith("_")]
         raise UserError(
             f"model.{part}.config: {model_type} has no field {', '.join(wrong)}{suggest_nearest(wrong[0], known_names)}"
