@@ -136,6 +136,14 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
         write("tokenizer.json", '{"model": {"type": "X"}}'),
         "cannot read the image processor",
     ),
+    "slow tokenizer": (
+        lambda d: (
+            write("vocab.json", '{"a": 0}')(d),
+            write("merges.txt", "#version: 0.2")(d),
+            remove("tokenizer.json")(d),
+        ),
+        "has no tokenizer.json, and transformers cannot make one",
+    ),
     "empty weights": (write(WEIGHTS, ""), "model.safetensors is empty"),
     "empty config": (write("generation_config.json", ""), "generation_config.json is empty"),
     "broken config": (write("config.json", "<html>404</html>"), "config.json as JSON"),
@@ -428,6 +436,7 @@ def test_no_path_of_this_machine_is_saved(tmp_path: Path) -> None:
         ({"load_in_4bits": True}, "did you mean 'load_in_4bit'"),
         ({"load_in_4bit": True, "load_in_8bit": True}, "give one of"),
         ({"load_in_4bit": "yes"}, "give one of"),
+        ({"load_in_4bit": 1}, "give one of"),
         ({"quantization_config": BitsAndBytesConfig()}, "without load_in_4bit or load_in_8bit"),
         ({"quantization_config": {"bits": 4}}, "expected transformers' BitsAndBytesConfig"),
     ],
