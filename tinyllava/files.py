@@ -49,6 +49,8 @@ def shorten_error(error: Exception) -> str:
     text = " ".join(str(error).split()).partition(". ")[0][:200].rstrip(".: ")
     if "ignore_mismatched_sizes" in text:  # transformers' report, which names the weights, is not shown
         return "its weights do not have the shapes of its config"
+    if "instantiate the backend tokenizer" in text:
+        return "it has no tokenizer.json, and transformers cannot make one of its other files"
     return text
 
 

@@ -136,6 +136,14 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
         write("tokenizer.json", '{"model": {"type": "X"}}'),
         "cannot read the image processor",
     ),
+    "slow tokenizer": (
+        lambda d: (
+            write("vocab.json", '{"a": 0}')(d),
+            write("merges.txt", "#version: 0.2")(d),
+            remove("tokenizer.json")(d),
+        ),
+        "has no tokenizer.json, and transformers cannot make one",
+    ),
     "empty weights": (write(WEIGHTS, ""), "model.safetensors is empty"),
     "empty config": (write("generation_config.json", ""), "generation_config.json is empty"),
     "broken config": (write("config.json", "<html>404</html>"), "config.json as JSON"),
@@ -152,6 +160,10 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "image token": (set_fields("config.json", image_token_index=99999), "has the id 99999, and the tokenizer says 3"),
     "layer": (set_fields("config.json", vision_feature_layer=-99), "feature_layer -99: the tower has 3 layers"),
     "awq": (set_fields("config.json", quantization_config={"quant_method": "awq"}), r"stored quantised \(awq\)"),
+    "awq of the LLM": (
+        set_fields("config.json", text_config={"model_type": "llama", "quantization_config": {"quant_method": "awq"}}),
+        r"stored quantised \(awq\)",
+    ),
     "missing key": (change_weights(lambda state: dict(list(state.items())[1:])), "1 missing"),
     "unexpected key": (change_weights(lambda state: {**state, "x.weight": torch.zeros(2)}), "1 unexpected.*x.weight"),
     "wrong shape": (
@@ -266,6 +278,18 @@ def test_pickled_weights_are_read(damage: Damage, copy: Path, published: Path, p
     assert len({before, changed, hash_checkpoint(copy)}) == 3  # scores of other weights are never shown for these
 
 
+def test_a_chat_template_in_the_tokenizers_config_is_read(copy: Path) -> None:
+    """transformers 4 wrote it there. Without a template at all, the answer says how to name one."""
+    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}{% endfor %}"
+    (copy / "chat_template.jinja").unlink()
+    assert_told(copy, "none. Name one of ours, in model.template or after `--lacking template=`: gemma, llama")
+    set_fields("tokenizer_config.json", chat_template=template)(copy)
+    assert package.load(copy, device="cpu").tokenizer.chat_template == template
+    other = [{"name": "default", "template": template}, {"name": "rag", "template": "x"}]
+    set_fields("tokenizer_config.json", chat_template=other)(copy)
+    assert package.load(copy, device="cpu").chat("What?", max_new_tokens=2) is not None
+
+
 PARTS: dict[str, tuple[Damage, str]] = {
     "lfs": (write(WEIGHTS, POINTER), "Git LFS pointer"),
     "truncated": (cut(WEIGHTS), "is damaged"),
@@ -332,14 +356,21 @@ def test_an_adapter_alone_is_put_onto_its_base(
     torch.testing.assert_close(compute_logits(saved.model, saved.processor, pictures), expected)
 
 
+@pytest.mark.parametrize("name", ["/elsewhere/base", r"C:\models\base", "someone/base"])
+def test_a_base_that_moved_with_its_adapter_is_found_beside_it(name: str, published: Path, tmp_path: Path) -> None:
+    write_peft(shutil.copytree(published, tmp_path / "base"), tmp_path / "adapter", name)
+    assert has_adapter(package.load(tmp_path / "adapter", device="cpu", template="llama").model)
+
+
 def test_a_missing_base_is_told_with_the_places_searched(
     published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     directory = tmp_path / "adapter"
     write_peft(published, directory, "me/gone")
     assert find_checkpoint(directory) == directory
-    assert_told(directory, rf"missing: 'me/gone'. Looked in {directory}/me/gone.*, me/gone, the Hub's cache")
-    for name, reason in ((None, "names no base"), ("/gone", r"missing: '/gone'. Looked in /gone\."), (".", "missing")):
+    assert_told(directory, rf"missing: 'me/gone'. Looked in {directory}/me/gone.*, me/gone, .*, the Hub's cache")
+    looked = rf"missing: '/gone'. Looked in /gone, {tmp_path}/gone\."
+    for name, reason in ((None, "names no base"), ("/gone", looked), (".", "missing")):
         set_fields("adapter_config.json", base_model_name_or_path=name)(directory)
         assert_told(directory, reason)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
@@ -405,6 +436,7 @@ def test_no_path_of_this_machine_is_saved(tmp_path: Path) -> None:
         ({"load_in_4bits": True}, "did you mean 'load_in_4bit'"),
         ({"load_in_4bit": True, "load_in_8bit": True}, "give one of"),
         ({"load_in_4bit": "yes"}, "give one of"),
+        ({"load_in_4bit": 1}, "give one of"),
         ({"quantization_config": BitsAndBytesConfig()}, "without load_in_4bit or load_in_8bit"),
         ({"quantization_config": {"bits": 4}}, "expected transformers' BitsAndBytesConfig"),
     ],

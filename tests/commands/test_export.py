@@ -107,6 +107,10 @@ def test_adapter_writes_a_base_and_a_lora_module(
     assert not torch.equal(base(input_ids=ids).logits, whole)
     model = PeftModel.from_pretrained(base, out / "adapter")
     torch.testing.assert_close(model(input_ids=ids).logits, whole, rtol=0, atol=0)
+    moved = out.rename(tmp_path / "moved")  # both directories together
+    asked = (QUESTION, str(pictures / "3.png"))
+    assert package.load(moved, device="cpu").chat(*asked) == package.load(final, device="cpu").chat(*asked)
+    out = moved
     again = ("--to", "adapter", "--output", tmp_path / "x")
     assert_refused(tinyllava("export", out / "base", *again), "no adapter")
     assert not (tmp_path / "x").exists()
@@ -148,6 +152,23 @@ def test_adapters_of_other_parts_are_merged_into_the_base(
     model = PeftModel.from_pretrained(base, tmp_path / "x" / "adapter").eval()
     expected = compute_logits(vlm.model, vlm.processor, pictures)
     torch.testing.assert_close(compute_logits(model, vlm.processor, pictures), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_no_command_is_printed_for_a_base_that_vllm_cannot_run(
+    tinyllava: Callable[..., CommandResult], tmp_path: Path
+) -> None:
+    checkpoint.save(build_moved_vlm({"llm": ADAPTED}, connector="linear"), tmp_path / "c")
+    said = tinyllava("export", tmp_path / "c", "--to", "adapter", "--output", tmp_path / "x")
+    assert said.code == 0 and "vLLM         no" in said.out and "vllm serve" not in said.out
+
+
+@pytest.mark.parametrize("name", ["my model", "https://huggingface.co/me/tiny", "me/tiny/v2"])
+def test_a_wrong_repository_is_refused_before_anything_is_written(
+    name: str, tinyllava: Callable[..., CommandResult], tmp_path: Path
+) -> None:
+    said = tinyllava("export", "nano", "--to", "hf", "--output", tmp_path / "x", "--push", name)
+    assert_refused(said, name, "USER/NAME")
+    assert not (tmp_path / "x").exists()
 
 
 def test_split_prints_what_it_wrote(tinyllava: Callable[..., CommandResult], trained: Path, tmp_path: Path) -> None:

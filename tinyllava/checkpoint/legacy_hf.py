@@ -64,7 +64,7 @@ def read_quantisation(keywords: dict[str, Any]) -> BitsAndBytesConfig | None:
     config = taken.pop("quantization_config", None)
     if not config and not any(taken.values()):
         return None
-    if any(value not in {True, False} for value in taken.values()) or (config is not None) + sum(taken.values()) > 1:
+    if {*map(type, taken.values())} - {bool} or (config is not None) + sum(taken.values()) > 1:
         raise UserError("give one of load_in_4bit=True, load_in_8bit=True and quantization_config=.")
     if config is None:
         config = BitsAndBytesConfig(**taken, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)

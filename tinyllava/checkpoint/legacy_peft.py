@@ -7,7 +7,7 @@ only adapters of other programs, such as TRL, look like this.
 """
 
 import re
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, HTTPError, LocalEntryNotFoundError
@@ -46,6 +46,7 @@ def check_adapter(directory: Path) -> None:
 def find_base(directory: Path) -> Path:
     """The directory of an adapter's base: a path, also relative to the adapter or above it, or a model on the Hub.
 
+    When base and adapter were moved or copied together, the base is the folder of that name beside the adapter.
     Raises UserError, with the places searched, when there is none.
     """
     check_adapter(directory)
@@ -55,6 +56,7 @@ def find_base(directory: Path) -> Path:
         raise UserError(f"the adapter in {directory} names no base. {REMEDY}")
     path = Path(name).expanduser()
     places = [path] if path.is_absolute() else [directory / path, directory.parent / path, path]
+    places.append(directory.resolve().parent / PureWindowsPath(name).name)  # it takes both kinds of slashes
     for place in places:
         if (place / "config.json").is_file():
             return place

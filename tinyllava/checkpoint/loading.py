@@ -83,7 +83,8 @@ def _load_vlm(directory: Path, how: dict[str, Any], missing: dict[str, Any]) -> 
     model = _load_model(directory, config, how, state)
     _drop_copies(model)
 
-    tokenizer, chat_template = plain_processor.tokenizer, plain_processor.chat_template
+    tokenizer = plain_processor.tokenizer
+    chat_template = plain_processor.chat_template or tokenizer.chat_template  # transformers 4 wrote it to either
     template = Template.load(template_name) if template_name else _read_template(record)
     if template_name:
         chat_template = template.get_chat_template(tokenizer)
@@ -112,7 +113,8 @@ def _read_config(directory: Path) -> LlavaConfig:
             f"{directory} holds a {config.model_type} model, expected a llava one. An LLM or a vision tower is a part:"
             " name it in a recipe."
         )
-    check_unquantised(directory, getattr(config, "quantization_config", None))
+    for part in (config, config.text_config, config.vision_config):  # AWQ tools write it for the LLM alone
+        check_unquantised(directory, getattr(part, "quantization_config", None))
     if getattr(config, "image_processor", None):
         load_trusted_class(config.image_processor)
     return config

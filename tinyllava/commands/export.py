@@ -6,16 +6,19 @@ adapter  the base and the LLM's adapter apart, as vLLM serves them with --enable
 split    LLM, vision tower and connector in directories of their own, for llama.cpp's tools
 """
 
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HFValidationError, HTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
+from huggingface_hub.utils import validate_repo_id
 
 from tinyllava import atomic, checkpoint
 from tinyllava.checkpoint import legacy_hf
 from tinyllava.checkpoint.adapter import has_adapter, merge_adapter
+from tinyllava.checkpoint.saving import find_engines
 from tinyllava.commands.card import find_scores, make_model_card
 from tinyllava.commands.engines import show_engines
 from tinyllava.commands.lora_module import make_serve_command, write_lora_module
@@ -34,6 +37,8 @@ def export_and_show(
     path: str, to: str, output_dir: Path, push: str | None, dtype: str, lacking: Mapping[str, Any]
 ) -> None:
     """Export a checkpoint, upload it to the Hub repository `push` if there is one, and print what was written."""
+    if push:
+        check_repository(push)
     vlm = export_checkpoint(path, to, output_dir, push or output_dir.name, dtype, lacking)
     if to == "split":
         for part in ("llm", "vision_tower", "connector"):
@@ -44,7 +49,7 @@ def export_and_show(
         kind = "plain llava" if reason is None else f"not plain llava: {reason}"
         output.print(f"{directory}: {kind}", highlight=False, soft_wrap=True)
         show_engines(directory, output)
-    if to == "adapter":
+    if to == "adapter" and not find_engines(vlm.model)["vLLM"].startswith("no"):
         output.print(make_serve_command(output_dir), highlight=False, soft_wrap=True)
     if push:
         output.print(f"uploaded to {push_to_hub(output_dir, push)}", highlight=False, soft_wrap=True)
@@ -84,6 +89,14 @@ def export_checkpoint(path: str, to: str, output_dir: Path, name: str, dtype: st
     return vlm
 
 
+def check_repository(name: str) -> None:
+    """Raise UserError when no repository on the Hub can have this name: before the export, not after it."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        raise UserError(f"--push {name} is not the name of a repository on the Hub, expected USER/NAME.") from None
+
+
 def push_to_hub(directory: Path, repository: str) -> str:
     """Upload a directory to a model repository on the Hub and return its address. A new repository is created.
 
@@ -97,6 +110,6 @@ def push_to_hub(directory: Path, repository: str) -> str:
         reason = str(error).strip().splitlines()[0]
         raise UserError(
             f"{directory} is written, but not uploaded to {repository}: {reason}"
-            f"\nLog in with `hf auth login`, then run: hf upload {repository} {directory}"
+            f"\nLog in with `hf auth login`, then run: hf upload {repository} {shlex.quote(str(directory))}"
         ) from None
     return str(address)

@@ -165,7 +165,7 @@ def read_native_source(tokenizer: Any) -> str:
     except ValueError:
         raise UserError(
             "template 'native' needs a tokenizer with a chat template, and this one has none."
-            f" Name one of ours in model.template: {OURS}."
+            f" Name one of ours, in model.template or after `--lacking template=`: {OURS}."
         ) from None
 
 

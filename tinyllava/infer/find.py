@@ -21,9 +21,9 @@ logger = logging.getLogger("tinyllava")
 def find_checkpoint(path: str | Path) -> Path:
     """The directory of the checkpoint at `path`.
 
-    path: a checkpoint; a stage (its final or newest checkpoint); a run (that of its last stage); a model on the Hub; or
-    the string `nano`, the model of the package. Incomplete checkpoints are skipped. Raises UserError, with the places
-    searched, when there is none.
+    path: a checkpoint; a stage (its final or newest checkpoint); a run (that of its last stage); the output of
+    `export --to adapter`; a model on the Hub; or the string `nano`, the model of the package. Incomplete
+    checkpoints are skipped. Raises UserError, with the places searched, when there is none.
     """
     if path == NANO:  # only the string: Path("nano") is a folder of the user's
         return Path(locate_part("model", NANO))
@@ -34,6 +34,8 @@ def find_checkpoint(path: str | Path) -> Path:
         return download_checkpoint(name)
     if any(os.path.lexists(path / name) for name in ("config.json", "adapter_config.json")):
         return path
+    if os.path.lexists(path / "adapter" / "adapter_config.json"):  # written by `export --to adapter`
+        return path / "adapter"
     folders = [path / stage for stage in reversed(read_stage_names(path))] or [path]
     places = [place for folder in folders for place in (folder / FINAL, *list_checkpoints(folder))]
     for place in filter(Path.is_dir, places):
