@@ -153,7 +153,8 @@ class Factory:
         return getattr(module, self.kind.attribute)
 
     def _raise_unknown(self, name: str) -> None:
-        known, hint = self.list_names(), " Name a class of your own as module:Class." if self.kind.attribute else ""
+        known, own = self.list_names(), f"A file of your own ends in {self.kind.suffix}."
+        hint = "Name a class of your own as module:Class." if self.kind.attribute else own
         raise UserError(
-            f"unknown {self.kind.singular} '{name}'{suggest_nearest(name, known)} Known: {', '.join(known)}.{hint}"
+            f"unknown {self.kind.singular} '{name}'{suggest_nearest(name, known)} Known: {', '.join(known)}. {hint}"
         )

@@ -12,6 +12,7 @@ from typing import Any
 
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HFValidationError, HTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
+from huggingface_hub.utils import validate_repo_id
 
 from tinyllava import atomic, checkpoint
 from tinyllava.checkpoint import legacy_hf
@@ -34,6 +35,8 @@ def export_and_show(
     path: str, to: str, output_dir: Path, push: str | None, dtype: str, lacking: Mapping[str, Any]
 ) -> None:
     """Export a checkpoint, upload it to the Hub repository `push` if there is one, and print what was written."""
+    if push is not None:
+        check_repository(push)
     vlm = export_checkpoint(path, to, output_dir, push or output_dir.name, dtype, lacking)
     if to == "split":
         for part in ("llm", "vision_tower", "connector"):
@@ -82,6 +85,14 @@ def export_checkpoint(path: str, to: str, output_dir: Path, name: str, dtype: st
             card = make_model_card(vlm, run, find_scores(Path(path), source), name)
             card.save(directory / "README.md")
     return vlm
+
+
+def check_repository(name: str) -> None:
+    """Raise UserError unless `name` can be the name of a repository on the Hub."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise UserError(f"--push {name!r}: expected USER/NAME. {str(error).splitlines()[0]}") from None
 
 
 def push_to_hub(directory: Path, repository: str) -> str:

@@ -14,14 +14,16 @@ from tinyllava.factory import Factory, suggest_nearest
 def explain_error(name: str, error: ValidationError) -> str:
     """The message for the first error of a recipe, in one line. It suggests the nearest key for an unknown one."""
     # An unknown key comes first: a misspelt key is often also reported as a missing one.
-    fault = min(error.errors(), key=lambda fault: fault["type"] != "extra_forbidden")
+    # `validation: 1.5` is not a list, but it is meant as a share.
+    order = {"extra_forbidden": 0, "list_type": 2, "string_type": 2}
+    fault = min(error.errors(), key=lambda fault: order.get(fault["type"], 1))
     where = ".".join(str(step) for step in fault["loc"] if not _is_branch(step))
     more = f" ({error.error_count() - 1} more.)" if error.error_count() > 1 else ""
     if fault["type"] == "extra_forbidden":
         known = _list_keys_beside(fault["loc"])
         close = suggest_nearest(str(fault["loc"][-1]), known)
         return f"recipe {name}: unknown key '{where}'{close} Known here: {', '.join(known)}.{more}"
-    message = fault["msg"].removeprefix("Value error, ")
+    message = fault["msg"].removeprefix("Value error, ").partition(" or instance of")[0]
     value = fault.get("input")
     ending = f", found {value!r}" if isinstance(value, str | int | float | bool) and "found" not in message else ""
     return f"recipe {name}: {where or 'top level'}: {message}{ending}.{more}"
@@ -32,7 +34,9 @@ def _is_branch(step: Any) -> bool:
 
     Such a step is not a key of the recipe.
     """
-    return isinstance(step, str) and ("[" in step or step in {"float", "int", "str", "TokenizerSpec"})
+    return isinstance(step, str) and (
+        "[" in step or step in ["float", "constrained-float", "int", "str", "TokenizerSpec"]
+    )
 
 
 def _list_keys_beside(location: tuple) -> list[str]:
@@ -61,10 +65,9 @@ def check_names(recipe: Recipe) -> None:
         parameters = inspect.signature(connector).parameters
         known = [key for key in parameters if key not in ("vision_dim", "text_dim")]
         if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
-            for key in options:
-                if key not in known:
-                    message = f"unknown option '{key}' of model.connector.{name}{suggest_nearest(key, known)}"
-                    raise UserError(f"{message} Known: {', '.join(known) or 'none'}.")
+            for key in [key for key in options if key not in known]:
+                message = f"unknown option '{key}' of model.connector.{name}{suggest_nearest(key, known)}"
+                raise UserError(f"{message} Known: {', '.join(known) or 'none'}.")
     for kind, part in (("llms", recipe.model.llm), ("vision_towers", recipe.model.vision_tower)):
         if part is not None and part.family is not None:
             Factory(kind).get(part.family)
@@ -90,7 +93,6 @@ def _check_options(where: str, tuning: type, options: dict[str, Any]) -> None:
         fault = error.errors()[0]
         key, known = str(fault["loc"][0]) if fault["loc"] else "", list(tuning.__dataclass_fields__)
         if key not in known:
-            raise UserError(
-                f"unknown option '{key}' of {where}{suggest_nearest(key, known)} Known: {', '.join(known)}."
-            ) from None
+            close = suggest_nearest(key, known)
+            raise UserError(f"unknown option '{key}' of {where}{close} Known: {', '.join(known)}.") from None
         raise UserError(f"{where}.{key}: {fault['msg']}, found {fault['input']!r}.") from None
