@@ -34,9 +34,7 @@ def _is_branch(step: Any) -> bool:
 
     Such a step is not a key of the recipe.
     """
-    return isinstance(step, str) and (
-        "[" in step or step in ["float", "constrained-float", "int", "str", "TokenizerSpec"]
-    )
+    return isinstance(step, str) and ("[" in step or step in {"constrained-float", "int", "str", "TokenizerSpec"})
 
 
 def _list_keys_beside(location: tuple) -> list[str]:
