@@ -85,6 +85,16 @@ def test_a_resolved_recipe_reads_back(base: Path) -> None:
         ("model={checkpoint: DIR, lacking: {templat: phi}}", ["model.lacking.templat", "did you mean 'template'"]),
         ("seed", ["expected key=value"]),
         ("seed=[1", ["cannot read the override"]),
+        ("seed=-1", ["seed: Input should be greater than or equal to 0, found -1"]),
+        ("seed=4294967296", ["seed: Input should be less than 4294967296"]),
+        ("model.max_length=0", ["model.max_length: Input should be greater than 0"]),
+        ("model.llm=''", ["model.llm.name: String should have at least 1 character"]),
+        ("model.llm={config: {model_type: llama}, tokenizer: {vocab_size: -4}}", ["tokenizer.vocab_size", "found -4"]),
+        ("stages.one.data.path=x", ["invalid literal for int() with base 10: 'path'", "data.0.path"]),
+        ("stages.one.data.0.path=''", ["stages.one.data.0.path: String should have at least 1 character"]),
+        ("stages.one.validation=1.5", ["stages.one.validation: Input should be less than 1, found 1.5"]),
+        ("stages.one.early_stopping=3", ["stages.one.early_stopping: Input should be a valid dictionary, found 3"]),
+        ("seed=${", ["cannot read recipe", "input '${'"]),
     ],
 )
 def test_what_is_wrong_is_named_in_two_lines(override: str, words: list[str], base: Path) -> None:
@@ -113,11 +123,30 @@ def test_every_recipe_of_the_package_parses() -> None:
         assert load_recipe(name).stages
 
 
+BROKEN = {  # text of a recipe: words of its error
+    "42": "found a int instead of keys with values",
+    "quickstart": "found a str instead of keys with values",
+    "base: [quickstart]": "unknown recipe '['quickstart']'; did you mean 'quickstart'?",
+    "base: 5": "unknown recipe '5'",
+    "base: quickstart\nstages: [a]": "Cannot merge incompatible container types",
+    "base: quickstart\neval: {stamps: 1}": "Cannot merge incompatible container types",
+    "base: quickstart\nstages: 5": "stages: Input should be a valid dictionary, found 5",
+    "base: quickstart\neval: !!set {a}": "Value 'set' is not a supported primitive type",
+    "base: quickstart\n~: 3": "Incompatible key type 'NoneType'",
+    "base: quickstart\nseed: ${": "no viable alternative at input '${'",
+}
+
+
 def test_a_file_that_is_no_recipe_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text("- a\n- b\n")
     with pytest.raises(UserError, match=r"cannot read recipe .*mine\.yaml: found a list instead of keys with values"):
         load_recipe(str(path))
+    for text, problem in BROKEN.items():
+        path.write_text(text)
+        with pytest.raises(UserError) as error:
+            load_recipe(str(path))
+        assert problem in str(error.value) and "\n" not in str(error.value)
     path.write_bytes(b"base: quickstart \x86\xff")
     with pytest.raises(UserError, match=r"cannot read recipe .*mine\.yaml: unacceptable character"):
         load_recipe(str(path))

@@ -102,8 +102,9 @@ class Factory:
         """The file of a built-in part. Raises UserError for an unknown name."""
         path = self.root / f"{name}{self.kind.suffix}"
         if not path.is_file() or name.startswith("_"):
-            hint = " Name a class of your own as module:Class." if self.kind.attribute else ""
-            raise UserError(f"unknown {self.kind.singular} '{name}'{suggest_known(name, self.list_names())}{hint}")
+            own = f"A file of your own ends in {self.kind.suffix}."
+            hint = "Name a class of your own as module:Class." if self.kind.attribute else own
+            raise UserError(f"unknown {self.kind.singular} '{name}'{suggest_known(name, self.list_names())} {hint}")
         return path
 
     def get(self, name: str) -> Any:

@@ -185,6 +185,9 @@ def test_unknown_forms_and_missing_adapters_are_refused(
     assert_refused(tinyllava("export", first, "--to", "merged", "--output", tmp_path / "x"), "no adapter")
     assert_refused(tinyllava("export", first, "--to", "hg", "--output", tmp_path / "x"), "did you mean 'hf'")
     assert_refused(tinyllava("export", first, "--to", "hf", "--output", tmp_path), "exists already")
+    for name in ("not a name", "me/models/tiny", ""):
+        command = ("export", first, "--to", "hf", "--output", tmp_path / "x", "--push", name)
+        assert_refused(tinyllava(*command), f"--push '{name}'", "expected USER/NAME")
     assert not (tmp_path / "x").exists()
 
 

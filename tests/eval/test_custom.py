@@ -150,6 +150,11 @@ def test_a_file_is_a_task(tmp_path: Path, tinyllava) -> None:
     assert entry["categories"]["x"]["accuracy"] == 1.0
     assert score_answers("custom", path, answers)["score"] == entry["score"]
     assert_refused(tinyllava("score", tmp_path / "no.jsonl", "--answers", answers), "no.jsonl", "there is no file")
+    other = tmp_path / "my.json"
+    other.write_bytes(path.read_bytes())
+    assert_refused(tinyllava("score", other, "--answers", answers), "my.json is not a task", "ends in .jsonl")
+    with pytest.raises(UserError, match=r"is a folder\. Give an answers file\.$"):  # no official tool has a folder
+        score_answers("custom", path, tmp_path)
     assert_refused(tinyllava("score", "custom", "--answers", answers), "custom", "--data FILE.jsonl")
 
 

@@ -17,6 +17,7 @@ from tests.tiny_vlm import build_tiny
 from tinyllava import checkpoint
 from tinyllava.errors import UserError
 from tinyllava.model import gguf
+from tinyllava.model.parts import make_part_config
 
 HEADS, DIM = 4, 32
 
@@ -121,3 +122,13 @@ def test_weights_that_a_part_lacks_are_named(tmp_path: Path, caplog: pytest.LogC
     with caplog.at_level(logging.WARNING, logger="tinyllava"):
         build_tiny({**tiny_model(), "vision_tower": str(tmp_path)})
     assert "1 weights are missing in" in caplog.text and "mlp.fc1.weight" in caplog.text
+
+
+def test_a_config_that_transformers_refuses_is_an_error_in_a_line() -> None:
+    for fields, problem in (
+        ({"hidden_size": "big"}, "Field 'hidden_size' expected int, got str"),
+        ({"hidden_size": 33, "num_attention_heads": 2}, "not a multiple of the number of attention heads"),
+    ):
+        with pytest.raises(UserError, match=problem) as error:
+            make_part_config("llm", {"model_type": "llama", **fields})
+        assert str(error.value).startswith("model.llm.config: ") and "\n" not in str(error.value)

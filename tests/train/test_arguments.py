@@ -257,8 +257,14 @@ def test_a_wrong_value_of_the_second_stage_stops_the_run_before_the_first(
     path.write_text(json.dumps(make_two_stages(pictures)))
     names = list(make_two_stages(pictures)["stages"])
     output = ["--output", tmp_path / "run"] if command == "train" else []
-    for change, word in {"lr_scheduler_kwargs={cycles: 2}": "cycles", "load_best_model_at_end=true": "best"}.items():
-        result = tinyllava(command, path, *output, f"stages.{names[1]}.trainer.{change}")
+    wrong = {
+        "trainer.lr_scheduler_kwargs={cycles: 2}": "cycles",
+        "trainer.load_best_model_at_end=true": "best",
+        "data.0.streaming=true": "streaming data requires `max_steps`",
+    }
+    for change, word in wrong.items():
+        second = f"stages.{names[1]}"
+        result = tinyllava(command, path, *output, f"{second}.trainer.max_steps=-1", f"{second}.{change}")
         assert result.code == 2 and f"stages.{names[1]}.trainer" in result.err and word in result.err, result.err
         assert "Traceback" not in result.err and not (tmp_path / "run" / names[0]).exists()
 

@@ -43,7 +43,7 @@ def read_record(directory: Path) -> dict[str, Any] | None:
     """
     if not (directory / "config.json").exists():
         raise UserError(
-            f"{directory} is not a checkpoint: it has no config.json. Give a directory made by `tinyllava train`."
+            f"{directory} is not a checkpoint: it has no config.json. Give one, such as runs/mine/finetune/final."
         )
     if not (directory / RECORD).exists():
         if any((directory / name).exists() for name in WEIGHTS):

@@ -37,7 +37,7 @@ def export_and_show(
     path: str, to: str, output_dir: Path, push: str | None, dtype: str, lacking: Mapping[str, Any]
 ) -> None:
     """Export a checkpoint, upload it to the Hub repository `push` if there is one, and print what was written."""
-    if push:
+    if push is not None:
         check_repository(push)
     vlm = export_checkpoint(path, to, output_dir, push or output_dir.name, dtype, lacking)
     if to == "split":
@@ -94,7 +94,7 @@ def check_repository(name: str) -> None:
     try:
         validate_repo_id(name)
     except HFValidationError:
-        raise UserError(f"--push {name} is not the name of a repository on the Hub, expected USER/NAME.") from None
+        raise UserError(f"--push {name!r} is not the name of a repository on the Hub, expected USER/NAME.") from None
 
 
 def push_to_hub(directory: Path, repository: str) -> str:

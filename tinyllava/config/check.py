@@ -14,14 +14,16 @@ from tinyllava.factory import Factory, suggest_known, suggest_nearest
 def explain_error(name: str, error: ValidationError) -> str:
     """The message for the first error of a recipe, in one line. It suggests the nearest key for an unknown one."""
     # An unknown key comes first: a misspelt key is often also reported as a missing one.
-    fault = min(error.errors(), key=lambda fault: fault["type"] != "extra_forbidden")
+    # `validation: 1.5` is not a list, but it is meant as a share.
+    order = {"extra_forbidden": 0, "list_type": 2, "string_type": 2}
+    fault = min(error.errors(), key=lambda fault: order.get(fault["type"], 1))
     where = ".".join(str(step) for step in fault["loc"] if not _is_branch(step))
     more = f" ({error.error_count() - 1} more.)" if error.error_count() > 1 else ""
     if fault["type"] == "extra_forbidden":
         known = _list_keys_beside(fault["loc"])
         close = suggest_nearest(str(fault["loc"][-1]), known)
         return f"recipe {name}: unknown key '{where}'{close} Known here: {', '.join(known)}.{more}"
-    message = fault["msg"].removeprefix("Value error, ")
+    message = fault["msg"].removeprefix("Value error, ").partition(" or instance of")[0]
     value = fault.get("input")
     ending = f", found {value!r}" if isinstance(value, str | int | float | bool) and "found" not in message else ""
     return f"recipe {name}: {where or 'top level'}: {message}{ending}.{more}"
@@ -32,7 +34,7 @@ def _is_branch(step: Any) -> bool:
 
     Such a step is not a key of the recipe.
     """
-    return isinstance(step, str) and ("[" in step or step in {"float", "int", "str", "TokenizerSpec"})
+    return isinstance(step, str) and ("[" in step or step in {"constrained-float", "int", "str", "TokenizerSpec"})
 
 
 def _list_keys_beside(location: tuple) -> list[str]:

@@ -19,12 +19,16 @@ def load_recipe(name: str, overrides: list[str] | None = None) -> Recipe:
 
     Raises UserError with the nearest valid name for an unknown recipe, key, part, template, tuning or benchmark.
     """
-    tree = _read_tree(name, seen=())
-    for override in overrides or []:
-        key, equals, text = override.partition("=")
-        if not equals or not key:
-            raise UserError(f"cannot read the override '{override}': expected key=value, like seed=1.")
-        _replace_value(tree, key, _parse_yaml(f"value: {text}", f"the override '{override}'").get("value"))
+    try:
+        tree = _read_tree(name, seen=())
+        for override in overrides or []:
+            key, equals, text = override.partition("=")
+            if not equals or not key:
+                raise UserError(f"cannot read the override '{override}': expected key=value, like seed=1.")
+            _replace_value(tree, key, _parse_yaml(f"value: {text}", f"the override '{override}'").get("value"))
+    except (OmegaConfBaseException, TypeError, ValueError) as error:  # such as a list where its base has keys
+        reason = str(error).splitlines()[0]
+        raise UserError(f"cannot read recipe {name}: {reason}. Entries of a list have numbers: data.0.path.") from None
     recipe = _validate(tree, name)
     check_names(recipe)
     return recipe
@@ -47,9 +51,9 @@ def _validate(tree: DictConfig, name: str) -> Recipe:
 def _parse_yaml(text: str, what: str) -> DictConfig:
     # PyYAML reads the text first, because its errors name line and column. An empty text stands for an empty mapping.
     try:
-        if isinstance(yaml.safe_load(text), list):
-            raise yaml.YAMLError("found a list instead of keys with values")
-        return OmegaConf.create((yaml.safe_load(text) and text) or "{}")
+        if not isinstance(parsed := yaml.safe_load(text), dict | None):
+            raise yaml.YAMLError(f"found a {type(parsed).__name__} instead of keys with values")
+        return OmegaConf.create((parsed and text) or "{}")
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
@@ -66,13 +70,14 @@ def _read_tree(name: str, seen: tuple[str, ...]) -> DictConfig:
         raise UserError(f"recipe {name} inherits from itself: {' -> '.join([*seen, str(path)])}.")
     # Bytes that are no text become characters that YAML refuses, with their position.
     recipe = _parse_yaml(path.read_text(encoding="utf-8", errors="surrogateescape"), f"recipe {name}")
-    base = recipe.pop("base", None)
-    if base is not None and is_file and base.endswith((".yaml", ".yml")):
+    base = str(recipe.pop("base", None) or "")
+    if is_file and base.endswith((".yaml", ".yml")):
         base = str(path.parent / base)  # relative to the recipe that names it
     tree = _read_tree(base, (*seen, str(path))) if base else OmegaConf.create({})
     dotted = {key: recipe.pop(key) for key in list(recipe) if "." in str(key)}
     tree, stages = OmegaConf.merge(tree, recipe), recipe.get("stages")
-    if stages is not None and set(stages) == set(tree.stages):  # all are listed: a new one can come between others
+    # All are listed: a new one can come between others.
+    if isinstance(stages, DictConfig) and set(stages) == set(tree.stages):
         tree.stages = {name: tree.stages[name] for name in stages}
     for key, value in dotted.items():
         _replace_value(tree, key, value)

@@ -47,13 +47,13 @@ def _validate_choice(kind: str) -> BeforeValidator:
 class TokenizerSpec(StrictModel):
     """A byte-level BPE that is trained on the recipe's training texts, for an LLM from a `config`."""
 
-    vocab_size: int = 2048
+    vocab_size: int = Field(2048, gt=0)
 
 
 class LLMSpec(StrictModel):
     """An LLM: its Hub id or local path (`name`), or the config of one with random weights (`config`)."""
 
-    name: str | None = None
+    name: str | None = Field(None, min_length=1)
     config: dict[str, Any] | None = None
     tokenizer: str | TokenizerSpec | None = None  # default: the LLM's own
     family: str | None = None  # your own llms/ file: my_pkg.my_module:LLM
@@ -71,7 +71,7 @@ class LLMSpec(StrictModel):
 class VisionTowerSpec(StrictModel):
     """A vision tower: its Hub id or local path (`name`), or the config of one with random weights (`config`)."""
 
-    name: str | None = None
+    name: str | None = Field(None, min_length=1)
     config: dict[str, Any] | None = None
     feature_layer: int | list[int] = -2
     feature_strategy: Literal["patch", "cls_patch"] = "patch"
@@ -112,11 +112,11 @@ class ModelSpec(StrictModel):
     connector: Annotated[dict[str, dict[str, Any]] | None, _validate_choice("connectors")] = None
     template: str | None = None
     compat: bool = False  # token ids and labels of the original TinyLLaVA Factory (Template.load)
-    checkpoint: str | None = None
+    checkpoint: str | None = Field(None, min_length=1)
     lacking: MissingValues = MissingValues()
     # Your own tokens, such as <loc_1> (docs/training.md).
     add_tokens: list[str] = []
-    max_length: int = 2048
+    max_length: int = Field(2048, gt=0)
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
 
     @model_validator(mode="after")
@@ -147,7 +147,7 @@ class ModelSpec(StrictModel):
 class DataSpec(StrictModel):
     """One source of samples. `weight` is how often an epoch uses it: 2 is twice, 0.3 is a random 30 % (seeded)."""
 
-    path: str
+    path: str = Field(min_length=1)
     images: str | list[str] | None = None
     weight: float = Field(1.0, gt=0)
     format: str | None = None
@@ -216,7 +216,7 @@ class Recipe(StrictModel):
     model: ModelSpec
     stages: dict[str, Stage] = Field(min_length=1)
     eval: list[str] = []
-    seed: int = 42
+    seed: int = Field(42, ge=0, lt=2**32)
 
     def compute_hash(self) -> str:
         """A short hash of the whole recipe: 16 hex digits."""

@@ -87,9 +87,9 @@ def read_answers_file(path: Path, benchmark: Benchmark, questions: list[Question
         records = [_to_answer(raw, path, number) for number, raw in enumerate(official.records, start=1)]
         return AnswersFile(records, official.questions, [])
     if path.is_dir():
-        raise UserError(
-            f"{path} is a folder. Give an answers file, or the folder of {benchmark.title}'s official tool."
-        )
+        has_tool = type(benchmark).read_official is not Benchmark.read_official
+        tool = f", or the folder of {benchmark.title}'s official tool" if has_tool else ""
+        raise UserError(f"{path} is a folder. Give an answers file{tool}.")
     data = path.read_bytes()  # bytes, decoded line by line, because a kill can cut inside a character
     numbered: list[tuple[int, Any]] = []
     broken_lines: list[int] = []

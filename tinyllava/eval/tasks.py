@@ -68,6 +68,8 @@ def find_task(name: str) -> Task:
             raise UserError(f"there is no file {short_name}. Give a JSONL file of questions and answers.")
         benchmark, key = Factory("benchmarks").get("custom")(), file.stem + name.removeprefix(short_name)
         return Task(key, key, benchmark, file, build_choice(name, benchmark, per_token))
+    if Path(short_name).is_file() and short_name not in Factory("benchmarks").list_names():
+        raise UserError(f"{short_name} is not a task. A file of your own questions has a name that ends in {JSONL}.")
     benchmark_class, options = resolve_benchmark(short_name)
     benchmark = benchmark_class(**options)
     choice = build_choice(name, benchmark, per_token)

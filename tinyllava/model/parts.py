@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 
 import torch
 from huggingface_hub.constants import ENDPOINT, HF_HUB_OFFLINE
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from tinyllava.config import PART_TITLES, LLMSpec, ModelSpec, TokenizerSpec, VisionTowerSpec
@@ -193,4 +194,7 @@ def make_part_config(part: str, fields: dict[str, Any]) -> PreTrainedConfig:
         raise UserError(
             f"model.{part}.config: {model_type} has no field {', '.join(wrong)}{suggest_nearest(wrong[0], known_names)}"
         )
-    return AutoConfig.for_model(model_type, **fields)
+    try:
+        return AutoConfig.for_model(model_type, **fields)
+    except StrictDataclassError as error:
+        raise UserError(f"model.{part}.config: {str(error).splitlines()[-1].strip()}") from None

@@ -107,6 +107,7 @@ def check_arguments(where: str, stage: Stage, args: TrainingArguments) -> None:
         "activation_checkpointing_kwargs: offload requires a GPU": is_cpu and checkpointing.get("offload"),
         "activation_checkpointing_kwargs: every_n_layers is 1 or more": checkpointing.get("every_n_layers")
         in (0, False),
+        "streaming data requires `max_steps`": args.max_steps <= 0 and any(spec.streaming for spec in stage.data),
         "fsdp_config has no effect without `fsdp: true`": args.fsdp_config and not args.fsdp,
     }
     for fault in (fault for fault, applies in faults.items() if applies):
