@@ -17,7 +17,7 @@ from tinyllava.cache import digest
 from tinyllava.data.images import read_image_size
 from tinyllava.data.labels import IGNORE
 from tinyllava.data.options import DataOptions
-from tinyllava.data.references import Reference, resolve_reference
+from tinyllava.data.references import resolve_reference
 from tinyllava.data.sample import IMAGE_TOKEN, Sample, SampleError
 from tinyllava.data.sources.source import to_raw_records
 from tinyllava.data.template import image_token_id
@@ -78,7 +78,8 @@ class Encoder:
         if self.supervised_turns == "last":
             earlier = [replace(message, learned=False) for message in sample.messages[:-1]]
             sample = replace(sample, messages=[*earlier, sample.messages[-1]])
-        grids = [self._find_grid(image, roots) for image in sample.images]
+        tiles = self.tiles
+        grids = [tiles.find_grid(read_image_size(image, roots)) if tiles else (1, 1) for image in sample.images]
         row = self._make_row(sample, grids)
         if row["length"] > self.max_length:
             row = self._shorten(sample, grids, row["length"])
@@ -97,9 +98,6 @@ class Encoder:
             lists = {"input_ids": [], "labels": [], "images": [], "grids": []}
             numbers = {"length": 0, "supervised": 0, "shortened": False}
             return {"id": record["id"], **lists, **numbers, "problem": error.kind, "detail": error.text}
-
-    def _find_grid(self, image: Reference, roots: Sequence[str]) -> Grid:
-        return self.tiles.find_grid(read_image_size(image, roots)) if self.tiles else (1, 1)
 
     def _make_row(self, sample: Sample, grids: list[Grid]) -> dict[str, Any]:
         encoded = self.bound.encode(sample)
