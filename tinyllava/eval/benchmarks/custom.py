@@ -17,6 +17,7 @@ else exact.
 
 import base64
 import re
+import reprlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -87,17 +88,18 @@ def _locate_image(reference: Any, folder: Path) -> str:
 def check_question(question: Question, path: Path) -> None:
     """Raise UserError if a question's metric does not fit its answer."""
     metric, answer = question.extra["metric"], question.answer
+    shown = reprlib.repr(answer)
     if metric not in METRICS:
         raise UserError(f"{path}, question {question.id}: unknown metric '{metric}'. Known: {', '.join(METRICS)}.")
     if answer is None:
         return  # such a question is asked but not scored
     if metric == "soft" and not (isinstance(answer, list) and answer):
-        raise UserError(f"{path}, question {question.id}: soft needs a list of answers, found {answer!r}.")
+        raise UserError(f"{path}, question {question.id}: soft needs a list of answers, found {shown}.")
     if metric != "soft" and not isinstance(answer, str | int | float):
-        raise UserError(f"{path}, question {question.id}: {metric} needs one answer, found {answer!r}.")
+        raise UserError(f"{path}, question {question.id}: {metric} needs one answer, found {shown}.")
     if metric == "choice" and match_option(str(answer), question.options) is None:
         raise UserError(
-            f"{path}, question {question.id}: its answer {answer!r} is not one of {list(question.options)}."
+            f"{path}, question {question.id}: its answer {shown} is not one of {reprlib.repr(list(question.options))}."
         )
 
 
