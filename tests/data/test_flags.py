@@ -384,17 +384,6 @@ def test_keys_that_change_nothing_are_not_read(style):
     assert read(style, QUESTION, ANSWER, **other) == read(style, QUESTION, ANSWER)
 
 
-@STYLES
-def test_two_keys_for_turns_must_agree(style):
-    names = {"llava": ("messages", "role", "content"), "messages": ("conversations", "from", "value")}
-    other, role, text = names[style]
-    same = [{role: NAMES[QUESTION[0]], text: QUESTION[1]}, {role: NAMES[ANSWER[0]], text: ANSWER[1]}]
-    for turns in (same, None, [], ["x"][:0], math.nan, [None]):
-        assert find_kind(style, QUESTION, ANSWER, **{other: turns}) is None, turns
-    for turns in ([*same[:1], {**same[1], text: "no"}], same[:1], [{role: "system", text: "Be brief."}, *same], ["x"]):
-        assert find_kind(style, QUESTION, ANSWER, **{other: turns}) == "contradiction", turns
-
-
 def test_a_long_id_is_cut_in_messages(build, write):
     record = {"id": "9" * 9999, "messages": [{"role": "user", "content": "hi"}]}
     with pytest.raises(UserError, match="1 turn_order") as refused:

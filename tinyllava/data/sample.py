@@ -250,11 +250,6 @@ def _find_turns(record: dict[str, Any], key: str, text_key: str, sample_id: str)
         if turn.keys() & {"image", "images"} and _list_images(turn, sample_id):
             text = "a turn has images of its own: list them in the record's `images`, with <image> in the text"
             raise SampleError("placeholders", text, sample_id)
-    other = record.get("messages" if key == "conversations" else "conversations")
-    if isinstance(other, list | tuple) and not _is_empty(other):
-        texts = [turn.get("content", turn.get("value")) for turn in other if isinstance(turn, dict)]
-        if texts != [turn.get(text_key) for turn in turns]:
-            raise SampleError("contradiction", "its `conversations` and its `messages` differ. Remove one", sample_id)
     last = turns[-1]
     is_open = last.get(text_key) is None and (last.get("from") or last.get("role")) in ("gpt", "assistant")
     return list(turns[:-1] if is_open else turns)
