@@ -6,6 +6,7 @@ never breaks a progress bar, and `tinyllava chat ... > answer.txt` writes only t
 
 import logging
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -40,7 +41,11 @@ def show_log(main_process: bool, debug: bool = False) -> None:
 
 
 def show_error(text: str) -> None:
-    """Print `error: TEXT` on stderr. Lines of `text` are not wrapped, so that they can be searched and copied."""
+    """Print `error: TEXT` on stderr. Lines of `text` are not wrapped, so that they can be searched and copied.
+
+    A word of more than 1,000 characters is the content of a file, for example base64. It is cut.
+    """
+    text = re.sub(r"\S{1000,}", lambda word: f"{word[0][:60]}... ({len(word[0]):,} characters)", text)
     messages.print(Text.assemble(("error: ", "bold red"), text), soft_wrap=True)
 
 

@@ -60,6 +60,7 @@ NOT_LEARNED = [
         for value in (0, False, "False")
     ),
     *({key: value} for key in ("mask", "masked", "ignore_loss") for value in (1, True, "true")),
+    *({key: 0} for key in ("calc_loss", "has_loss", "use_loss", "is_train", "train_on", "learned", "is_learned")),
     {"weight": 1, "train": False},  # all flags must agree to learn
     {"loss": None, "weight": "no"},
 ]
@@ -381,6 +382,19 @@ def test_keys_that_change_nothing_are_not_read(style):
     other = {"source": "web", "license": "mit", "split": "train", "score": 0.3, "video_id": 7, "has_audio": True}
     other |= {"objects": {"bbox": [[1, 2]]}, "file": "a.json", "tool": "labelme", "name": "x", "width": 3, "lang": "en"}
     assert read(style, QUESTION, ANSWER, **other) == read(style, QUESTION, ANSWER)
+
+
+def test_a_long_id_is_cut_in_messages(build, write):
+    record = {"id": "9" * 9999, "messages": [{"role": "user", "content": "hi"}]}
+    with pytest.raises(UserError, match="1 turn_order") as refused:
+        build(write([record]))
+    assert len(str(refused.value)) < 600
+
+
+@STYLES
+@pytest.mark.parametrize("key", ["weights", "loss_mask", "loss_weights"])
+def test_flags_of_all_turns_in_one_list_are_counted(style, key):
+    assert find_kind(style, QUESTION, ANSWER, **{key: [0, 1]}) == "unsupported_weight"
 
 
 EMPTY_CELLS = [None, [None], "", [""], [], {}, {"bytes": None, "path": None}, [{"bytes": None, "path": None}]]

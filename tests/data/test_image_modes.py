@@ -181,6 +181,39 @@ def test_values_are_scaled_by_their_range(values: np.ndarray, expected: tuple[in
     assert to_array(encode(image, "TIFF"))[0, :, 0].tolist() == list(expected)
 
 
+def make_deep_png(values: np.ndarray) -> bytes:
+    """A PNG of 16 bits a channel: values [H, W, C] with two (LA), three or four channels."""
+    height, width, channels = values.shape
+    header = struct.pack(">IIBBBBB", width, height, 16, {2: 4, 3: 2, 4: 6}[channels], 0, 0, 0)
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b""))
+    parts = (
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks
+    )
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+@pytest.mark.parametrize("channels", [2, 3, 4])
+@pytest.mark.parametrize("bits", [8, 10, 12, 16])
+def test_colours_of_16_bits_are_shown_or_refused_but_never_black(channels: int, bits: int) -> None:
+    """Pillow keeps the upper 8 of 16 bits."""
+    values = np.repeat((RAMP.astype(int) * (2**bits - 1) // 255)[..., None], channels, axis=2)
+    opaque = values.copy()
+    opaque[..., -1] = 65535  # alpha
+    for picture in [values] if channels == 3 else [values, opaque]:
+        if bits < 16:
+            if picture is opaque and bits == 8:
+                continue  # as black ink on a transparent ground
+            with pytest.raises(SampleError, match="16 bits, but use only the lower 12"):
+                open_image(make_deep_png(picture))
+        elif picture is opaque or channels == 3:
+            assert differ(make_deep_png(picture), np.repeat(RAMP[..., None], 3, axis=2)) == 0
+    if channels != 3:
+        ink = np.zeros((8, 256, channels), dtype=int)
+        ink[..., -1] = (255 - RAMP.astype(int)) * 257
+        assert differ(make_deep_png(ink), np.repeat(RAMP[..., None], 3, axis=2)) <= 1
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_values_without_a_range_are_refused(value: float) -> None:
     image = Image.fromarray(np.array([[0.0, value, 1.0]], np.float32))

@@ -24,17 +24,42 @@ SENTENCES = [
     ),
 ]
 MARKED = ["**B**", "`B`", "$B$", r"\boxed{B}", r"\boxed{\text{B}}", "<answer>B</answer>", "Final answer: **B. blue**"]
+QUOTED = [
+    "\u201cB\u201d",
+    "\u201cB. blue\u201d",
+    '"blue"',
+    "The answer is 'blue'.",
+    "_B_",
+    "B!",
+    "B</s>",
+    "B<|im_end|>",
+]
+IN_TEXT = [
+    *("Based on the image, the answer is B.", "Looking at the sky, the correct option is (B) blue.", "Sure! Answer: B"),
+    *(
+        "The sky has one colour.\nThe answer to the question is B: blue.",
+        "It is not red. **Answer:** B",
+        "ASSISTANT: B",
+    ),
+    *("### Answer: B", "- B", "I'd say B.", "I'll go with (B) blue.", "Choose B", "Ans: B", "B (blue)", "(B) (blue)"),
+    *("B because the sky is not red", "B, because A is red.", "The answer is B since it is not red"),
+    *("<think>A is red? The answer is A.</think>B", "A is red. So</think>\n\nB", "<think>A?</think><answer>B</answer>"),
+]
 CHINESE = ["\uff08\uff22\uff09", "答案是B", "答案\uff1aB", "正确答案是B。", "选B", "选择B", "B。", "B、blue"]
 
 # None of them names one option.
 NO_CHOICE = [
     *("B. red", "(B) red", "B. light blue", "A: blue", "blue (A)"),  # the letter of one, the text of another
     *("A or B", "A, B", "B/C", "B and C", "red or blue", "Both"),  # two
+    *("A. red\nB. blue\nC. a cat", "B. blue or D. light blue", "B, C and D", "The answer is A. No, the answer is B."),
+    *("<think>The answer is B", "I cannot see which answer is right.", "The answer is not A or B."),
     *("not B", "The answer is not B", "E", "E. blue", "", "?", "purple", "Because", "the sky", "Yes"),
 ]
 
 
-@pytest.mark.parametrize("answer", LETTER_ALONE + LETTER_AND_TEXT + TEXT_ALONE + SENTENCES + MARKED + CHINESE)
+@pytest.mark.parametrize(
+    "answer", LETTER_ALONE + LETTER_AND_TEXT + TEXT_ALONE + SENTENCES + MARKED + QUOTED + IN_TEXT + CHINESE
+)
 def test_answers_that_name_one_option(answer: str) -> None:
     assert choose_option(answer, OPTIONS) == 1
     assert custom.score(answer, "blue", "choice", OPTIONS) == 1.0

@@ -138,6 +138,24 @@ def test_the_error_names_a_record_that_cannot_be_scored(tmp_path: Path, change: 
         custom.Benchmark().questions(write(tmp_path / "my.jsonl", [first | change, *rest]))
 
 
+@pytest.mark.parametrize("key", ["metric", "answer", "question_id", "image"])
+def test_an_error_never_prints_a_long_value(tmp_path: Path, tinyllava, key: str) -> None:
+    question = {
+        "question_id": 1,
+        "text": "q",
+        "answer": "a",
+        "metric": "x",
+        key: "data:image/png;base64," + "*" * 99999,
+    }
+    path = write(tmp_path / "my.jsonl", [question, question])
+    with pytest.raises(UserError) as refused:
+        custom.Benchmark().questions(path)
+    assert len(str(refused.value)) < 400
+    asked = write(tmp_path / "ok.jsonl", [{"question_id": 1, "text": "q", "answer": "a"}])
+    answers = write(tmp_path / "a.jsonl", [{"question_id": "9" * 99999, "text": "a"}])
+    assert_refused(tinyllava("score", asked, "--answers", answers), "1 unknown")
+
+
 def test_a_file_is_a_task(tmp_path: Path, tinyllava) -> None:
     path = write(tmp_path / "data" / "my.jsonl", records())
     result = {"e": "Kitten", "c": "(c)", "s": "red"}

@@ -23,7 +23,7 @@ class BadRecords:
         entry = self._kinds.setdefault(kind, {"count": 0, "ids": [], "first": text})
         entry["count"] += 1
         if len(entry["ids"]) < FIRST_IDS:
-            entry["ids"].append(identity)
+            entry["ids"].append(f"{identity:.80}")
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
         """{kind: {"count", "ids": the first ten, "first": what is wrong with the first}}, as in run.json.
@@ -34,8 +34,7 @@ class BadRecords:
 
     def count_kinds(self) -> dict[str, int]:
         """Records of each kind, most frequent first."""
-        counts = {kind: entry["count"] for kind, entry in self._kinds.items()}
-        return dict(sorted(counts.items(), key=lambda item: -item[1]))
+        return dict(sorted(((kind, entry["count"]) for kind, entry in self._kinds.items()), key=lambda item: -item[1]))
 
     def refuse(self, records: int, source: str) -> None:
         """Raise UserError if any of the `records` records is bad. Shortened records are not bad.
@@ -70,4 +69,4 @@ class WorkerError(UserError):
 
 def describe_bad_record(identity: str, error: SampleError) -> str:
     """The message for one record that is found to be bad while it is loaded."""
-    return f"record {identity}: {error.text}. Repair it, or set `on_bad_sample: skip`."
+    return f"record {identity:.80}: {error.text}. Repair it, or set `on_bad_sample: skip`."

@@ -42,10 +42,13 @@ def open_image(reference: Reference, roots: Sequence[str] = (), *, draft: tuple[
     never below `draft`, which is several times faster. Raises SampleError (missing_image, unreadable_image).
     """
     with _open_undecoded(reference, roots) as image:
+        is_deep = ";16" in str(getattr(image, "tile", ""))  # before its decoding, which keeps 8 of the 16 bits
         orientation = _read_orientation(image)
         if draft and image is not reference:
             image.draft("RGB", draft[::-1] if orientation > 4 else draft)
         image.load()
+        if is_deep and image.mode in ("RGB", "RGBA", "LA") and _is_almost_black(image):
+            raise ValueError("its colours have 16 bits, but use only the lower 12: save them with 8")
         return _to_rgb(image.transpose(TURNS[orientation]) if orientation > 1 else image)
 
 
@@ -159,6 +162,12 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         image = image.convert("LA") if image.mode == "La" else image  # which becomes nothing else directly
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
     return image.convert("RGB")
+
+
+def _is_almost_black(image: Image.Image) -> bool:
+    """Whether no colour is over 15 of 255. Black ink on a transparent ground is not meant."""
+    *colours, alpha = (high for _, high in image.convert("RGBA").getextrema())
+    return max(colours) < 16 and (max(colours) > 0 or alpha < 16 or image.mode == "RGB")
 
 
 def _scale_to_grey(image: Image.Image) -> Image.Image:

@@ -28,8 +28,9 @@ SYSTEM_KEYS = ("system", "system_prompt", "system_message")  # keys of a record 
 # Keys of a turn, or of a whole record, that say whether it is learned. OpenAI, Mistral and OpenChat write `weight`,
 # Axolotl `train` and `training`, ms-swift `loss`, verl `loss_mask`. The value 1 of the others means "not learned".
 # `train_detail` is a list of characters (Axolotl): always an error. `kto_tag` is false for an undesirable answer.
-LEARNED_KEYS = """weight loss_weight loss_scale loss_mask loss compute_loss calculate_loss include_in_loss train
-    training train_detail trainable is_trainable train_on_turn learn learnable supervised is_supervised kto_tag"""
+LEARNED_KEYS = """weight weights loss_weight loss_weights loss_scale loss_mask loss_masks loss compute_loss calc_loss
+    calculate_loss include_in_loss has_loss need_loss use_loss with_loss train training train_detail trainable is_train
+    do_train is_trainable train_on train_on_turn learn learned is_learned learnable supervised is_supervised kto_tag"""
 NOT_LEARNED_KEYS = "mask masked is_masked mask_loss ignore ignored ignore_loss no_loss skip_loss exclude_loss no_train"
 FLAGS = dict.fromkeys(LEARNED_KEYS.split(), True) | dict.fromkeys(NOT_LEARNED_KEYS.split(), False)
 FLAG_VALUES = dict.fromkeys(("1", "1.0", "true", "yes", "on"), True)
@@ -38,7 +39,7 @@ EMPTY = ("", "none", "null", "nan", "[]", "{}")  # cells of tables that say noth
 FLAG_VALUES |= dict.fromkeys(EMPTY, None)
 # What says more than text and images: the kind under which a record is counted -> keys of a record or a turn.
 UNSUPPORTED = {
-    "unsupported_video": "video videos video_path video_paths video_file video_files video_url video_urls",
+    "unsupported_video": "video videos video_list video_path video_paths video_file video_files video_url video_urls",
     "unsupported_audio": "audio audios audio_path audio_paths audio_file audio_url audio_urls speech sound sounds",
     "unsupported_tool": "tools functions tool_calls function_call",
     "unsupported_preference": "chosen rejected rejected_response rejected_messages",
@@ -46,7 +47,8 @@ UNSUPPORTED = {
 }
 KIND_OF_KEY = {key: kind for kind, keys in UNSUPPORTED.items() for key in keys.split()}
 # Keys whose images are not read. Beside images that are read, they are only where those come from.
-UNREAD_IMAGES = dict.fromkeys(("image_path", "image_paths", "image_file", "image_url", "img"), "unsupported_image_key")
+UNREAD_IMAGES = "image_path image_paths image_file image_files image_url image_urls img imgs img_path picture"
+UNREAD_IMAGES = dict.fromkeys(UNREAD_IMAGES.split(), "unsupported_image_key")
 WORDS = ("video", "audio", "file", "tool")  # in the type of a part and in the role of a turn: a kind for each
 # Keys under which a dict may hold its image: `datasets`, transformers, OpenAI and Anthropic.
 IMAGE_KEYS = ("bytes", "image", "image_url", "url", "path", "source", "base64", "data")
@@ -60,7 +62,7 @@ class SampleError(UserError):
         self.kind, self.text, self.sample_id = kind, text, sample_id
 
     def __str__(self) -> str:
-        return f"sample '{self.sample_id}': {self.text}" if self.sample_id else self.text
+        return f"sample '{self.sample_id:.80}': {self.text}" if self.sample_id else self.text
 
 
 @dataclass
@@ -259,7 +261,9 @@ def _read_part(part: Any, sample_id: str) -> tuple[str, list[Any]]:
     if isinstance(part, dict):
         _refuse_unsupported(part, sample_id)
     if kind in ("text", "input_text", "output_text"):
-        return _read_text(part.get("text"), sample_id), []
+        if not isinstance(text := part.get("text"), str):
+            raise SampleError("no_conversation", f"a text is {type(text).__name__}, expected a string", sample_id)
+        return text, []
     if kind not in ("image", "image_url", "input_image"):
         text = f"content of type {reprlib.repr(kind):.80} is neither text nor image"
         raise SampleError(_find_kind(kind, "placeholders"), text, sample_id)
@@ -282,9 +286,3 @@ def _read_role(name: Any, sample_id: str) -> str:
         text = f"a turn has the role {reprlib.repr(name):.80}, expected human, gpt, system, user or assistant"
         raise SampleError(_find_kind(role, "turn_order"), text, sample_id)
     return role
-
-
-def _read_text(value: Any, sample_id: str) -> str:
-    if not isinstance(value, str):
-        raise SampleError("no_conversation", f"a turn's text is {type(value).__name__}, expected a string", sample_id)
-    return value

@@ -148,4 +148,4 @@ def match_answers(benchmark: Benchmark, questions: list[Question], records: list
     misfits = {"missing": missing, "duplicate": duplicate, "unknown": [record["question_id"] for record in unknown]}
     counts = {"questions": len(questions), "answers": len(records)}
     counts |= {name: len(ids) for name, ids in misfits.items()}
-    return Match(pairs, counts, {name: [repr(qid) for qid in ids[:FIRST]] for name, ids in misfits.items()})
+    return Match(pairs, counts, {name: [f"{qid!r:.80}" for qid in ids[:FIRST]] for name, ids in misfits.items()})

@@ -87,5 +87,4 @@ def hash_records(records: datasets.Dataset) -> str:
     """A hash of the count, the columns and 32 records at each end: reading all records may take hours."""
     count = len(records)
     ends = [*range(min(HASHED, count)), *range(max(HASHED, count - HASHED), count)]
-    rows = (digest(records[row].to_pylist()[0]) for row in ends)
-    return digest(count, sorted(records.column_names), *rows)
+    return digest(count, sorted(records.column_names), *(digest(records[row].to_pylist()[0]) for row in ends))

@@ -10,17 +10,29 @@ import re
 import unicodedata
 from collections.abc import Sequence
 
-# "**B**", "`B`", "$B$", "\boxed{B}" and "<answer>B</answer>" are B.
-MARKS = re.compile(r"\\(?:boxed|text|mathrm|mathbf)\b|</?answer>|[*`${}]")
+# "**B**", "`B`", "$B$", "\boxed{B}", "<answer>B</answer>", "# B", "- B", "B</s>" and "\u201cB\u201d" are B.
+MARKS = re.compile(
+    r"\\(?:boxed|text|mathrm|mathbf)\b|</?(?:answer|s)>|<\|[^|]*\|>|[*`${}\"\u201c\u201d]|^(?:#+|[-\u2022]) +",
+    re.MULTILINE,
+)
+THOUGHTS = re.compile(r"<think>.*?</think>|^.*</think>|<think>.*", re.DOTALL)  # a mark may be in the prompt, or cut off
 # What people and models write before their choice, in English and Chinese.
 LEAD_IN = re.compile(
-    r"^(?:(?:so|thus|therefore|hence|i (?:think|believe|choose|pick)|i would (?:say|choose|pick)|my|the|correct|right"
-    r"|best|final|most likely|answer|option|choice|letter|it|this|that|is|are|would be|should be|must be|'s|=)"
-    r"(?=[\s:,'=(]|$)[\s:,=]*|(?:正确)?答案|应该|应|是|为|我?选择?|选项|[:,\s]+)+"
+    r"^(?:(?:so|thus|therefore|hence|sure|i (?:think|believe|choose|pick|select|go with)"
+    r"|i(?: would|'d|'ll| will) (?:say|choose|pick|select|go with)|choose|pick|select(?:ed)?|assistant|my|the|correct"
+    r"|right|best|final|most likely|answer|ans\.?|option|choice|letter|it|this|that|is|are|would be|should be|must be"
+    r"|'s|=)"
+    r"(?=[\s:,'!=(]|$)[\s:,!=]*|(?:正确)?答案|应该|应|是|为|我?选择?|选项|[:,\s]+)+"
 )
-SEPARATORS = r"[.:),;/\]\u3001\u3002\u2013\u2014-]"
-LETTER = re.compile(rf"^[(\[\"']?([a-z])[)\]\"']*(?:(?P<separator>\s*{SEPARATORS}+\s*|\s+)(?P<rest>.*))?$")
-CONFIRMED = re.compile(r"^(?:is|would be|seems) (?:the )?(?:correct|right|best|answer)\b")  # "B is correct"
+# Where an answer is named inside a text: "Based on the image, the answer is B."
+STATEMENT = re.compile(
+    r"\b(?:answer|option|choice)(?: to (?:the|this|your) question)?\s*(?:is|would be|should be|:)[\s:]*"
+)
+SEPARATORS = r"[.:),;!/\]\u3001\u3002\u2013\u2014-]"
+LETTER = re.compile(rf"^[(\[\"'_]?([a-z])[)\]\"'_]*(?:(?P<separator>\s*{SEPARATORS}+\s*|\s+)(?P<rest>.*))?$")
+# "B is correct", "B because the sky is blue"
+CONFIRMED = re.compile(r"^(?:(?:is|would be|seems) (?:the )?(?:correct|right|best|answer)|because|since)\b")
+ANOTHER = re.compile(r"^(?:and |or |& )?[a-z](?: ?[,&/]| and | or |$)")  # "B, C and D"
 TEXT_WITH_LETTER = re.compile(r"^(?P<text>.+?)\s*[(\[]([a-z])[)\]]$")  # "blue (B)"
 
 
@@ -45,13 +57,23 @@ def choose_option(text: str, options: Sequence[str]) -> int | None:
     known = _remove_labels([_fold(_unify(option)) for option in options])
     # A line break ends a statement, as a colon does: "B\nThe sky is blue."
     answer = _fold(re.sub(r"[ \t]*\n\s*", ": ", _unify(text).strip()))
-    chosen = _match(answer, known)
-    return chosen if chosen is not None else _match(LEAD_IN.sub("", answer), known)
+    # Where an answer is named inside a text. Two statements that differ name none.
+    stated = {_match(_skip(answer[found.end() :]), known) for found in STATEMENT.finditer(answer)} - {None}
+    if len(stated) > 1:
+        return None
+    found = (_match(answer, known), _match(_skip(answer), known), *stated)
+    return next((index for index in found if index is not None), None)
+
+
+def _skip(answer: str) -> str:
+    """The answer without the words before the choice."""
+    return LEAD_IN.sub("", answer)
 
 
 def _unify(text: str) -> str:
-    """The text without Markdown and LaTeX. Full-width characters of Chinese answers become ASCII."""
-    return MARKS.sub("", unicodedata.normalize("NFKC", text))
+    """The text without Markdown, LaTeX and thoughts. Full-width characters of Chinese answers become ASCII."""
+    plain = unicodedata.normalize("NFKC", THOUGHTS.sub("", text)).replace("\u2018", "'").replace("\u2019", "'")
+    return MARKS.sub("", plain)
 
 
 def _remove_labels(options: list[str]) -> list[str]:
@@ -67,7 +89,7 @@ def _to_letter(index: int) -> str:
 
 def _match(answer: str, known: list[str]) -> int | None:
     """The index of the option that a folded answer names, without words before it."""
-    if (text := normalize(answer)) in known:
+    if (text := normalize(answer.strip("'"))) in known:
         return known.index(text)
     if match := LETTER.match(answer):
         index = _find_letter(match[1], known)
@@ -92,14 +114,23 @@ def _agrees(rest: str, index: int, known: list[str], spaced: bool) -> bool:
 
     spaced: only a space is between them. "B blue" is a choice, "a sunny day" is not.
     """
-    if not rest or normalize(rest) == known[index] or CONFIRMED.match(rest):
+    if not rest or normalize(rest.strip("()[]= '")) == known[index] or CONFIRMED.match(rest):
         return True
-    if spaced:
+    if spaced or ANOTHER.match(rest) or _count_labelled(rest, known) > 1:
         return False
     named = _match(rest, known)  # "B. red", "B, C"
     if named is None:
         named = _find_first_named(rest, known)
     return named in (None, index)
+
+
+def _count_labelled(rest: str, known: list[str]) -> int:
+    """How many options are listed with their letters: the one before `rest`, and those in it, as in "b. blue"."""
+    return 1 + sum(
+        bool(re.search(rf"(?<!\w){_to_letter(index)}{SEPARATORS}+\s*{re.escape(option)}(?!\w)", rest))
+        for index, option in enumerate(known)
+        if option
+    )
 
 
 def _find_first_named(text: str, known: list[str]) -> int | None:

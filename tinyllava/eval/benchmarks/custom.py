@@ -17,6 +17,7 @@ else exact.
 
 import base64
 import re
+import reprlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,7 @@ def read_questions(path: Path) -> list[Question]:
         question = _build_question(record, path)
         if question.id in names:
             raise UserError(
-                f"{path}: question_id {question.question_id!r} occurs twice, but answers are matched by it."
+                f"{path}: question_id {question.question_id!r:.80} occurs twice, but answers are matched by it."
             )
         names.add(question.id)
         questions.append(question)
@@ -68,7 +69,7 @@ def _build_question(record: dict[str, Any], path: Path) -> Question:
     try:
         images = tuple(_locate_image(image, path.parent) for image in images if image)
     except UserError as error:
-        raise UserError(f"{path}, question {qid}: {error}") from None
+        raise UserError(f"{path}, question {qid!s:.80}: {error}") from None
     answer, options = record.get("answer"), tuple(record.get("options") or ())
     metric = record.get("metric") or ("choice" if options else "soft" if isinstance(answer, list) else None)
     extra = {"accept": tuple(record.get("accept") or ()), "metric": metric}
@@ -87,18 +88,19 @@ def _locate_image(reference: Any, folder: Path) -> str:
 def check_question(question: Question, path: Path) -> None:
     """Raise UserError if a question's metric does not fit its answer."""
     metric, answer = question.extra["metric"], question.answer
+    shown, options = reprlib.repr(answer), reprlib.repr(list(question.options))
     if metric not in METRICS:
-        raise UserError(f"{path}, question {question.id}: unknown metric '{metric}'. Known: {', '.join(METRICS)}.")
+        raise UserError(
+            f"{path}, question {question.id:.80}: unknown metric '{metric!s:.80}'. Known: {', '.join(METRICS)}."
+        )
     if answer is None:
         return  # such a question is asked but not scored
     if metric == "soft" and not (isinstance(answer, list) and answer):
-        raise UserError(f"{path}, question {question.id}: soft needs a list of answers, found {answer!r}.")
+        raise UserError(f"{path}, question {question.id:.80}: soft needs a list of answers, found {shown}.")
     if metric != "soft" and not isinstance(answer, str | int | float):
-        raise UserError(f"{path}, question {question.id}: {metric} needs one answer, found {answer!r}.")
+        raise UserError(f"{path}, question {question.id:.80}: {metric} needs one answer, found {shown}.")
     if metric == "choice" and match_option(str(answer), question.options) is None:
-        raise UserError(
-            f"{path}, question {question.id}: its answer {answer!r} is not one of {list(question.options)}."
-        )
+        raise UserError(f"{path}, question {question.id:.80}: its answer {shown} is not one of {options}.")
 
 
 def match_option(text: str, options: Sequence[str]) -> str | None:
