@@ -190,6 +190,10 @@ def test_the_execution_may_change(edit: Change, whole: Path, pictures: Path) -> 
     assert json.dumps([each.to_dict() for each in record.changes])
 
 
+def test_a_number_in_quotes_is_the_number(whole: Path, pictures: Path) -> None:
+    assert RunRecord(whole, change(pictures, set_trainer(learning_rate="2e-3")), "tiny").changes == []
+
+
 def test_the_names_of_the_execution_are_those_of_the_arguments() -> None:
     known = {field.name for field in fields(TrainingArguments)}
     assert known >= EXECUTION >= JUDGED
