@@ -65,6 +65,7 @@ def test_a_resolved_recipe_reads_back(base: Path) -> None:
         ("stages.one.tune.lm=full", ["unknown key 'stages.one.tune.lm'", "did you mean 'llm'"]),
         ("model.conector=mlp", ["unknown key 'model.conector'", "did you mean 'connector'"]),
         ("stages.one.datas=[]", ["did you mean 'data'"]),
+        ("stages.one.early_stopping=3", ["early_stopping: expected a mapping with patience, threshold, found 3"]),
         ("stages.one.data=[{pat: a.json}]", ["unknown key 'stages.one.data.0.pat'", "'path'"]),
         ("model.connector=mlp2x_gelux", ["unknown connector 'mlp2x_gelux'"]),
         ("model.connector={mlp: {layer: 3}}", ["unknown option 'layer'", "did you mean 'layers'"]),

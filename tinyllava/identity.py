@@ -99,9 +99,17 @@ def compare_recipes(
     judged = {name for recipe in (before, now) for name, stage in recipe["stages"].items() if _is_judged(stage)}
     for key in {**old, **new}:
         values = [settings.get(key, _get_default(key, defaults)) for settings in (old, new)]
-        if values[0] != values[1] and not key.endswith(SECRET):
+        if _to_number(values[0]) != _to_number(values[1]) and not key.endswith(SECRET):
             differences.append(Difference(key, *values, _is_decisive(key, begun, judged)))
     return differences
+
+
+def _to_number(value: Any) -> Any:
+    """A number in quotes as the number: `trainer` takes both."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
 
 
 def flatten_settings(value: Any, key: str = "") -> dict[str, Any]:

@@ -21,6 +21,7 @@ import yaml
 
 from tinyllava import atomic
 from tinyllava.errors import UserError
+from tinyllava.files import check_safetensors
 
 logger = logging.getLogger("tinyllava")
 RUN, RECIPE, RESULTS = "run.json", "recipe.yaml", ("results.json", "eval")
@@ -109,6 +110,11 @@ def find_resume_fault(checkpoint: Path, engine: str, world_size: int) -> str | N
         # The records of earlier versions do not list the sizes of these.
         if not files or not all(path.is_dir() or is_whole_zip(path) for path in files):
             return f"{pattern.replace('*', '')} is {'damaged' if files else 'missing'}"
+    for path in checkpoint.glob("*.safetensors"):
+        try:
+            check_safetensors(path)
+        except UserError:  # after a loss of power, a file can have its size but no content
+            return f"{path.name} is damaged"
     state = read_json_or_empty(checkpoint / "trainer_state.json")
     return None if state.get("global_step") == get_step(checkpoint) else "trainer_state.json is missing or damaged"
 

@@ -197,6 +197,16 @@ def test_a_field_that_works_arrives_unchanged() -> None:
         ({"adam_beta1": 1.5}, ["optim", "1.5"]),
         ({"lr_scheduler_type": "cosine", "lr_scheduler_kwargs": {"num_cyles": 2}}, ["did you mean 'num_cycles'"]),
         ({"lr_scheduler_type": "cosine_with_min_lr"}, ["lr_scheduler_kwargs", "min_lr"]),
+        ({"lr_scheduler_type": "inverse_sqrt", "lr_scheduler_kwargs": {"timescale": 0}}, ["inverse_sqrt", "zero"]),
+        ({"lr_scheduler_type": "inverse_sqrt", "lr_scheduler_kwargs": {"timescale": -5}}, ["lr_scheduler_kwargs"]),
+        ({"lr_scheduler_type": "reduce_lr_on_plateau", "lr_scheduler_kwargs": {"patience": "x"}}, ["plateau"]),
+        ({"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": {"lr_end": -1.0}}, ["learning rate becomes -"]),
+        ({"optim": "adafactor", "adam_beta2": 0.98}, ["adam_beta2 has no effect", "set 0.999"]),
+        ({"mm_projector_lr": 2e-5}, ["not a field", "`tune: {connector: {full: {}, lr: ...}}`"]),
+        ({"lora_enable": True}, ["lora_enable", "`tune: {llm: {lora:"]),
+        ({"bits": 4}, ["bits", "qlora"]),
+        ({"group_by_modality_length": True}, ["group_by_modality_length", "similar lengths"]),
+        ({"early_stopping_patience": 3}, ["`early_stopping: {patience: N"]),
         ({"lr_scheduler_type": "constant", "warmup_steps": 0.03}, ["warmup_steps", "no effect", "constant"]),
         ({"lr_scheduler_kwargs": "x"}, ["lr_scheduler_kwargs", "mapping"]),
         ({"learning_rate": -1.0}, ["learning_rate", "-1.0"]),
@@ -237,6 +247,23 @@ def test_a_wrong_value_is_refused_before_anything_is_loaded(options: dict, words
         make(**options)
     message = str(error.value)
     assert all(word in message for word in words) and "\n" not in message, message
+
+
+@pytest.mark.parametrize("command", ["train", "look"])
+def test_a_stream_without_an_end_or_for_validation_stops_the_run_before_the_first_stage(
+    command: str, tinyllava: Callable[..., CommandResult], pictures: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "mine.yaml"
+    epochs, steps = ({"trainer": {key: 1}} for key in ("num_train_epochs", "max_steps"))
+    for change, word in ({"validation": None, **epochs}, "max_steps"), ({"validation": 0.5, **steps}, "cannot stream"):
+        content = make_two_stages(pictures)
+        late = list(content["stages"].values())[1]
+        late = {**late, "data": [{**late["data"][0], "streaming": True}]}
+        path.write_text(json.dumps({**content, "stages": {**content["stages"], "late": {**late, **change}}}))
+        output = ["--output", tmp_path / "run"] if command == "train" else []
+        result = tinyllava(command, path, *output)
+        assert result.code == 2 and word in result.err and result.err.count("\n") <= 2, result.err
+        assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU has fp16 and offloading")

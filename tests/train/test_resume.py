@@ -190,6 +190,10 @@ def test_the_execution_may_change(edit: Change, whole: Path, pictures: Path) -> 
     assert json.dumps([each.to_dict() for each in record.changes])
 
 
+def test_a_number_in_quotes_is_the_number(whole: Path, pictures: Path) -> None:
+    assert RunRecord(whole, change(pictures, set_trainer(learning_rate="2e-3")), "tiny").changes == []
+
+
 def test_the_names_of_the_execution_are_those_of_the_arguments() -> None:
     known = {field.name for field in fields(TrainingArguments)}
     assert known >= EXECUTION >= JUDGED
@@ -361,6 +365,7 @@ def test_a_finished_stage_may_name_the_same_data_elsewhere(whole: Path, pictures
 FILES = ["optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "tinyllava.json", "config.json"]
 FILES += ["connector.safetensors", "tokenizer.json", "model.safetensors.index.json"]
 DAMAGES = {"missing": Path.unlink, "empty": lambda path: truncate(path, 0.0), "half": truncate}
+WITHOUT_CONTENT = ["connector.safetensors", "optimizer.pt", "trainer_state.json", "tinyllava.json"]
 
 
 @pytest.mark.parametrize("earlier", [False, True], ids=["now", "earlier"])
@@ -384,6 +389,17 @@ def test_a_damaged_checkpoint_is_skipped_with_the_reason(
             assert "skipped checkpoint-4" in caplog.text and name in caplog.text
         (newest / name).write_bytes(content)
     assert find_last_checkpoint(killed / "finetune", "plain", 1) == newest
+
+
+@pytest.mark.parametrize("name", WITHOUT_CONTENT)
+def test_a_file_of_zeros_is_damaged(name: str, killed: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A loss of power can leave a file with its size, but without its content."""
+    path = killed / "finetune" / "checkpoint-4" / name
+    size = path.stat().st_size
+    path.unlink()  # it can be a link
+    path.write_bytes(bytes(size))
+    assert find_last_checkpoint(killed / "finetune", "plain", 1).name == "checkpoint-2"
+    assert f"skipped checkpoint-4: {name}" in caplog.text
 
 
 def test_a_run_without_a_whole_checkpoint_is_refused_and_kept(killed: Path, pictures: Path) -> None:

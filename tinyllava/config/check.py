@@ -24,6 +24,8 @@ def explain_error(name: str, error: ValidationError) -> str:
         close = suggest_nearest(str(fault["loc"][-1]), known)
         return f"recipe {name}: unknown key '{where}'{close} Known here: {', '.join(known)}.{more}"
     message = fault["msg"].removeprefix("Value error, ").partition(" or instance of")[0]
+    if fault["type"] == "model_type":
+        message = f"expected a mapping with {', '.join(_list_keys_beside((*fault['loc'], '')))}"
     value = fault.get("input")
     ending = f", found {value!r}" if isinstance(value, str | int | float | bool) and "found" not in message else ""
     return f"recipe {name}: {where or 'top level'}: {message}{ending}.{more}"

@@ -100,6 +100,8 @@ def check_arguments(where: str, stage: Stage, args: TrainingArguments) -> None:
     check_keys(f"{where}.activation_checkpointing_kwargs", checkpointing, RULES["checkpointing"])
     is_cpu = args.device.type == "cpu"
     best, sharded = args.load_best_model_at_end, args.deepspeed or args.fsdp
+    held_out = {float: stage.data, list: stage.validation}.get(type(stage.validation), ())
+    streams, unread = (any(spec.streaming for spec in specs) for specs in (stage.data, held_out))
     faults = {
         "load_best_model_at_end requires checkpoints: `save_strategy: best`": best and args.save_strategy == "no",
         "load_best_model_at_end cannot use `save_only_model` of shards": best and args.save_only_model and sharded,
@@ -107,8 +109,9 @@ def check_arguments(where: str, stage: Stage, args: TrainingArguments) -> None:
         "activation_checkpointing_kwargs: offload requires a GPU": is_cpu and checkpointing.get("offload"),
         "activation_checkpointing_kwargs: every_n_layers is 1 or more": checkpointing.get("every_n_layers")
         in (0, False),
-        "streaming data requires `max_steps`": args.max_steps <= 0 and any(spec.streaming for spec in stage.data),
         "fsdp_config has no effect without `fsdp: true`": args.fsdp_config and not args.fsdp,
+        "validation data cannot stream. List it under `validation:` without `streaming: true`": unread,
+        "streaming data requires `max_steps`: its length is not known": streams and args.max_steps <= 0,
     }
     for fault in (fault for fault, applies in faults.items() if applies):
         raise UserError(f"{where}: {fault}.")
@@ -136,11 +139,18 @@ def check_optimizer(where: str, args: TrainingArguments) -> None:
         parameters = inspect.signature(TYPE_TO_SCHEDULER_FUNCTION[args.lr_scheduler_type]).parameters
         own = [name for name in parameters if name not in SCHEDULED]
         check_keys(f"{where}.{key}", args.lr_scheduler_kwargs, args.lr_scheduler_kwargs if "kwargs" in own else own)
-        get_scheduler(scheduler, optimizer, 0, 10**9, args.lr_scheduler_kwargs)
-    except (ImportError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        schedule = get_scheduler(scheduler, optimizer, args.get_warmup_steps(1000), 1000, args.lr_scheduler_kwargs)
+        losses = [1.0] if scheduler in RULES["validated_values"]["lr_scheduler_type"] else []
+        for _ in range(1000):  # some options fail late
+            optimizer.step()
+            schedule.step(*losses)
+            if not 0 <= (lr := optimizer.param_groups[0]["lr"]) < float("inf"):
+                raise ValueError(f"the learning rate becomes {lr}")
+    except (ImportError, ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise UserError(f"{where}.{key}: {scheduler if key != 'optim' else name}: {_shorten(error)}.") from None
     if ignored:
-        raise UserError(f"{where}.{ignored} has no effect with {name} and {scheduler}. Remove it, or choose another.")
+        unset = str(getattr(TrainingArguments, ignored, None)).replace("None", "null")  # a recipe can inherit the key
+        raise UserError(f"{where}.{ignored} has no effect with {name} and {scheduler}. Remove it, or set {unset}.")
 
 
 def check_keys(where: str, options: Any, known: Sequence[str]) -> None:

@@ -173,13 +173,11 @@ def prepare_stage(
 def read_data(
     recipe: Recipe, stage: Stage, vlm: VLM
 ) -> tuple[SupervisedDataset | StreamingDataset, SupervisedDataset | None]:
-    """Read the training and validation data of a stage. Raises UserError if the validation data would stream."""
+    """Read the training and validation data of a stage."""
     options = make_data_options(recipe, stage, vlm)
     dataset = build_dataset(stage.data, options)
     is_share = isinstance(stage.validation, float)
     validation = build_dataset(stage.validation, options) if stage.validation and not is_share else None
-    if isinstance(dataset if is_share else validation, StreamingDataset):
-        raise UserError("validation data cannot stream. List it under `validation:` without `streaming: true`.")
     return hold_out(dataset, stage.validation, seed=recipe.seed) if is_share else (dataset, validation)
 
 

@@ -85,13 +85,10 @@ class Trainer(transformers.Trainer):
         """The planned micro-batches of this rank. accelerate must not prepare them: it would shard them again."""
         args, workers = self.args, self.args.dataloader_num_workers
         shape = (self.stage.global_batch_size, args.per_device_train_batch_size, args.world_size)
-        kwargs = {"num_workers": workers, "persistent_workers": workers > 0}
-        kwargs |= {"pin_memory": args.dataloader_pin_memory and torch.cuda.is_available()}
-        kwargs |= {"prefetch_factor": args.dataloader_prefetch_factor}
+        kwargs = {"persistent_workers": workers > 0, "prefetch_factor": args.dataloader_prefetch_factor}
+        kwargs |= {"num_workers": workers, "pin_memory": args.dataloader_pin_memory and torch.cuda.is_available()}
         kwargs |= {"multiprocessing_context": args.dataloader_multiprocessing_context if workers else None}
         if isinstance(self.dataset, StreamingDataset):
-            if args.max_steps <= 0:
-                raise UserError("the length of streamed data is unknown: set trainer.max_steps.")
             stream = PlannedStream(self.dataset, *shape, args.process_index, self.data_collator)
             return DataLoader(stream, batch_size=None, **{**kwargs, "num_workers": min(1, workers)})
         plan = Plan(self.dataset.lengths, *shape, seed=args.data_seed, order=self.order)
