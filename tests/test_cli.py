@@ -55,15 +55,22 @@ def test_help_and_list_import_nothing_heavy() -> None:
 
 
 @pytest.mark.parametrize(
-    ("own", "policy"), [({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE"), ({"GOMP_SPINCOUNT": "100"}, None)]
+    ("own", "policy"),
+    [
+        ({}, ("PASSIVE", "20000")),
+        ({"OMP_WAIT_POLICY": "ACTIVE"}, ("ACTIVE", None)),
+        ({"GOMP_SPINCOUNT": "100"}, (None, "100")),
+        ({"KMP_BLOCKTIME": "0"}, (None, None)),
+    ],
 )
-def test_waiting_threads_sleep_unless_the_user_says_otherwise(own: dict[str, str], policy: str | None) -> None:
+def test_waiting_threads_sleep_unless_the_user_says_otherwise(own: dict[str, str], policy: tuple) -> None:
     """A thread that spins takes the core from the thread that it waits for. torch's OpenMP must see the setting."""
     names = {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"}
     env = {name: value for name, value in os.environ.items() if name not in names} | own
-    code = "import os, sys, tinyllava; assert 'torch' not in sys.modules; print(os.environ.get('OMP_WAIT_POLICY'))"
-    result = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
-    assert result.stdout.strip() == str(policy)
+    code = "import os, sys, tinyllava; assert 'torch' not in sys.modules; print(*map(os.environ.get, sys.argv[1:]))"
+    command = [sys.executable, "-c", code, "OMP_WAIT_POLICY", "GOMP_SPINCOUNT"]
+    result = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+    assert result.stdout.split() == [*map(str, policy)]
 
 
 def test_help_names_every_command(tinyllava: Callable[..., CommandResult]) -> None:

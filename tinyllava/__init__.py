@@ -16,9 +16,10 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 # OpenMP reads this when torch is imported. By default, threads that wait for each other spin. On a machine with other
-# work on its cores, they take the time from the thread that they wait for (perf/README.md, Number of CPU threads).
+# work on its cores, they take the time from the thread that they wait for. Here they sleep after a short spin, because
+# sleeping at once costs a quarter of the time on idle cores (perf/README.md, Waiting threads).
 if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"} & set(os.environ):
-    os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+    os.environ |= {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "20000"}
 # peft imports bitsandbytes, which warns about a kernel that is not used here.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
