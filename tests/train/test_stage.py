@@ -67,6 +67,23 @@ def test_validation_data_cannot_stream(pictures: Path) -> None:
         stage.prepare_stage(streamed, "finetune", empty=True)
 
 
+def test_a_format_that_streams_by_itself_is_refused_too(pictures: Path, tmp_path: Path) -> None:
+    """The arguments are checked before the data is opened, and only then it is known that such data streams."""
+    plain, streamed = recipe(pictures, max_steps=-1, num_train_epochs=1), recipe(pictures)
+    plain.stages["finetune"].validation = None
+    setup = stage.prepare_stage(plain, "finetune", output=tmp_path)
+    data = streamed.stages["finetune"]
+    data.data[0].streaming = True
+    data.validation = 0.5
+    with pytest.raises(UserError, match="validation data cannot stream"):
+        stage.read_data(streamed, data, setup.vlm)
+    data.validation = None
+    setup.dataset, _ = stage.read_data(streamed, data, setup.vlm)
+    trainer = stage.make_trainer(setup, "finetune", tmp_path, RunRecord(tmp_path, plain, "tiny"))
+    with pytest.raises(UserError, match="streaming data requires `max_steps`"):
+        trainer.get_train_dataloader()
+
+
 def test_a_directory_with_another_run_is_refused(pictures: Path, tmp_path: Path) -> None:
     record = RunRecord(tmp_path, recipe(pictures), "tiny")
     record.write()

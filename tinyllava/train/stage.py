@@ -173,11 +173,13 @@ def prepare_stage(
 def read_data(
     recipe: Recipe, stage: Stage, vlm: VLM
 ) -> tuple[SupervisedDataset | StreamingDataset, SupervisedDataset | None]:
-    """Read the training and validation data of a stage."""
+    """Read the training and validation data of a stage. Raises UserError if the validation data would stream."""
     options = make_data_options(recipe, stage, vlm)
     dataset = build_dataset(stage.data, options)
     is_share = isinstance(stage.validation, float)
     validation = build_dataset(stage.validation, options) if stage.validation and not is_share else None
+    if isinstance(dataset if is_share else validation, StreamingDataset):  # a format of the user's own streams
+        raise UserError("validation data cannot stream. List data of another format under `validation:`.")
     return hold_out(dataset, stage.validation, seed=recipe.seed) if is_share else (dataset, validation)
 
 
