@@ -79,9 +79,8 @@ def test_a_format_that_streams_by_itself_is_refused_too(pictures: Path, tmp_path
         stage.read_data(streamed, data, setup.vlm)
     data.validation = None
     setup.dataset, _ = stage.read_data(streamed, data, setup.vlm)
-    trainer = stage.make_trainer(setup, "finetune", tmp_path, RunRecord(tmp_path, plain, "tiny"))
     with pytest.raises(UserError, match="streaming data requires `max_steps`"):
-        trainer.get_train_dataloader()
+        stage.make_trainer(setup, "finetune", tmp_path, RunRecord(tmp_path, plain, "tiny"))
 
 
 def test_a_directory_with_another_run_is_refused(pictures: Path, tmp_path: Path) -> None:

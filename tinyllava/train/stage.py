@@ -204,6 +204,8 @@ def make_trainer(
     setup: StageSetup, name: str, output: Path, record: RunRecord, order: list[int] | None = None
 ) -> Trainer:
     """The Trainer of a stage. `order` fixes the order of samples (see plan.py)."""
+    if isinstance(setup.dataset, StreamingDataset) and setup.args.max_steps <= 0:  # a format that streams by itself
+        raise UserError("streaming data requires `max_steps`: its length is not known.")
     if setup.args.use_cpu and "OMP_NUM_THREADS" not in os.environ and setup.vlm.model.num_parameters() < ONE_THREAD:
         torch.set_num_threads(1)
     early = setup.stage.early_stopping

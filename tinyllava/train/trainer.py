@@ -89,8 +89,6 @@ class Trainer(transformers.Trainer):
         kwargs |= {"num_workers": workers, "pin_memory": args.dataloader_pin_memory and torch.cuda.is_available()}
         kwargs |= {"multiprocessing_context": args.dataloader_multiprocessing_context if workers else None}
         if isinstance(self.dataset, StreamingDataset):
-            if args.max_steps <= 0:  # check_arguments does not know that a format of the user's own streams
-                raise UserError("streaming data requires `max_steps`: its length is not known.")
             stream = PlannedStream(self.dataset, *shape, args.process_index, self.data_collator)
             return DataLoader(stream, batch_size=None, **{**kwargs, "num_workers": min(1, workers)})
         plan = Plan(self.dataset.lengths, *shape, seed=args.data_seed, order=self.order)
