@@ -23,7 +23,7 @@ def explain_error(name: str, error: ValidationError) -> str:
         known = _list_keys_beside(fault["loc"])
         close = suggest_nearest(str(fault["loc"][-1]), known)
         return f"recipe {name}: unknown key '{where}'{close} Known here: {', '.join(known)}.{more}"
-    message = fault["msg"].removeprefix("Value error, ").partition(" or instance of")[0]
+    message = fault["msg"].removeprefix("Value error, ")
     if fault["type"] == "model_type":
         message = f"expected a mapping with {', '.join(_list_keys_beside((*fault['loc'], '')))}"
     value = fault.get("input")
