@@ -32,7 +32,7 @@ def check_trainer(where: str, options: dict[str, Any]) -> dict[str, Any]:
     former, passed = RULES["former"], {}
     for key, value in options.items():
         if key in former and value:
-            raise UserError(f"{where}.{key} is not a field of TrainingArguments. Write {former[key]}.")
+            raise UserError(f"{where}.{key} is not a field of TrainingArguments. {former[key]}.")
         if key not in known and key not in former:
             close = suggest_nearest(key, known)
             raise UserError(f"unknown key '{where}.{key}'{close} Known: the fields of TrainingArguments.")
