@@ -99,3 +99,31 @@ def test_answers_that_name_none_or_two(answer: str) -> None:
 )
 def test_options_of_all_kinds(answer: str, options: tuple[str, ...], index: int | None) -> None:
     assert choose_option(answer, options) == index
+
+
+@pytest.mark.parametrize(
+    ("answer", "index"),
+    [
+        ("B. " * 3000, 1),
+        ("B. blue " * 3000, 1),
+        ("B. red " * 3000, None),
+        ("the answer is " * 3000, None),
+        ("the answer is " * 3000 + "B", 1),
+        ("(" * 9000, None),
+    ],
+)
+def test_a_model_that_repeats_itself_is_read_too(answer: str, index: int | None) -> None:
+    assert choose_option(answer, OPTIONS) == index
+
+
+def test_long_options_are_read_whole() -> None:
+    options = ["a red " + "very " * 200 + f"{kind}" for kind in ("car", "bus")]
+    for answer in (
+        "B",
+        "B. " + options[1],
+        options[1],
+        "The answer is " + options[1],
+        "So the answer is B: " + options[1],
+    ):
+        assert choose_option(answer, options) == 1
+    assert choose_option("A. " + options[1], options) is None

@@ -33,6 +33,8 @@ LETTER = re.compile(rf"^[(\[\"'_]?([a-z])[)\]\"'_]*(?:(?P<separator>\s*{SEPARATO
 # "B is correct", "B because the sky is blue"
 CONFIRMED = re.compile(r"^(?:(?:is|would be|seems) (?:the )?(?:correct|right|best|answer)|because|since)\b")
 ANOTHER = re.compile(r"^(?:and |or |& )?[a-z](?: ?[,&/]| and | or |$)")  # "B, C and D"
+# Characters in which a second option is looked for. Small models repeat themselves: "B. B. B. B. ..."
+REACH = 300
 TEXT_WITH_LETTER = re.compile(r"^(?P<text>.+?)\s*[(\[]([a-z])[)\]]$")  # "blue (B)"
 
 
@@ -58,7 +60,9 @@ def choose_option(text: str, options: Sequence[str]) -> int | None:
     # A line break ends a statement, as a colon does: "B\nThe sky is blue."
     answer = _fold(re.sub(r"[ \t]*\n\s*", ": ", _unify(text).strip()))
     # Where an answer is named inside a text. Two statements that differ name none.
-    stated = {_match(_skip(answer[found.end() :]), known) for found in STATEMENT.finditer(answer)} - {None}
+    reach = REACH + max(map(len, known), default=0)
+    ends = [found.end() for found in STATEMENT.finditer(answer)]
+    stated = {_match(_skip(answer[end : end + reach]), known) for end in ends} - {None}
     if len(stated) > 1:
         return None
     found = (_match(answer, known), _match(_skip(answer), known), *stated)
@@ -116,20 +120,20 @@ def _agrees(rest: str, index: int, known: list[str], spaced: bool) -> bool:
     """
     if not rest or normalize(rest.strip("()[]= '")) == known[index] or CONFIRMED.match(rest):
         return True
-    if spaced or ANOTHER.match(rest) or _count_labelled(rest, known) > 1:
+    if spaced or ANOTHER.match(rest) or _lists_another(rest, index, known):
         return False
-    named = _match(rest, known)  # "B. red", "B, C"
+    named = _match(rest[:REACH], known)  # "B. red", "B, C"
     if named is None:
         named = _find_first_named(rest, known)
     return named in (None, index)
 
 
-def _count_labelled(rest: str, known: list[str]) -> int:
-    """How many options are listed with their letters: the one before `rest`, and those in it, as in "b. blue"."""
-    return 1 + sum(
-        bool(re.search(rf"(?<!\w){_to_letter(index)}{SEPARATORS}+\s*{re.escape(option)}(?!\w)", rest))
+def _lists_another(rest: str, chosen: int, known: list[str]) -> bool:
+    """Whether `rest` lists another option with its letter: an answer that repeats all options chooses none."""
+    return any(
+        re.search(rf"(?<!\w){_to_letter(index)}{SEPARATORS}+\s*{re.escape(option)}(?!\w)", rest)
         for index, option in enumerate(known)
-        if option
+        if option and index != chosen
     )
 
 
