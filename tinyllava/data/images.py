@@ -173,7 +173,7 @@ def _is_almost_black(image: Image.Image) -> bool:
 def _scale_to_grey(image: Image.Image) -> Image.Image:
     """An image of 16-bit, 32-bit or float values with 8 bits, so that it is neither black nor white.
 
-    Values from 0 to 65535 are a picture of as many bits as the highest needs: 12 bits in a 16-bit file are usual.
+    Values from 0 to 65535 have as many bits as the highest needs: 12 bits in a 16-bit file are usual.
     Floats from 0 to 1 are taken as they are. All others are stretched from the lowest to the highest.
     """
     values = np.asarray(image).astype(np.float64)
