@@ -15,7 +15,7 @@ from typing import Annotated
 
 import typer
 
-from tinyllava.console import is_main_process, messages, output, show_error, show_log
+from tinyllava.console import guard_tracebacks, is_main_process, messages, output, show_error, show_log, show_traceback
 from tinyllava.errors import UserError
 
 app = typer.Typer(
@@ -55,6 +55,7 @@ def declare_options(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Show --debug in --help. `main` removes it from the arguments, so that it works before and after the command."""
+    guard_tracebacks()  # only now: typer sets a hook of its own
 
 
 @app.command()
@@ -277,7 +278,7 @@ def run_command(arguments: list[str], debug: bool) -> int:
         code = 2
     except UserError as error:
         if debug:
-            messages.print_exception()
+            show_traceback(error)
         show_error(str(error))
         code = 2
     except OSError as error:

@@ -7,14 +7,40 @@ never breaks a progress bar, and `tinyllava chat ... > answer.txt` writes only t
 import logging
 import os
 import re
-from collections.abc import Iterator
+import sys
+import traceback
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from rich.console import Console
+from rich.segment import Segment
 from rich.text import Text
 
-output = Console()
-messages = Console(stderr=True)
+from tinyllava.secrets import hide_secrets
+
+# What makes a terminal do something, or show text in another order than it has: control characters (C0 and C1), the
+# bidirectional overrides, and halves of surrogate pairs, which cannot be written.
+UNSAFE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+class SafeConsole(Console):
+    """A console that no text can control. Records, answers, file names and names on the Hub are not trusted."""
+
+    def render(self, *args: Any, **kwargs: Any) -> Iterable[Segment]:
+        """The segments of a renderable, with ? in place of what would control the terminal."""
+        for segment in super().render(*args, **kwargs):
+            is_unsafe = not segment.control and UNSAFE.search(segment.text)
+            yield Segment(neutralise(segment.text), segment.style) if is_unsafe else segment
+
+
+def neutralise(text: str) -> str:
+    """The text with ? in place of each character that would control a terminal. Line breaks and tabs stay."""
+    return UNSAFE.sub("?", text)
+
+
+output = SafeConsole()
+messages = SafeConsole(stderr=True)
 
 
 def is_main_process() -> bool:
@@ -29,7 +55,8 @@ class LogLines(logging.Handler):
         """Print one log record."""
         style = {"WARNING": "yellow", "ERROR": "red", "CRITICAL": "red"}.get(record.levelname)
         level = (f"{record.levelname.lower()}: ", style) if style else ""
-        messages.print(Text.assemble(level, (self.format(record), "" if style else "dim")), soft_wrap=True)
+        text = hide_secrets(self.format(record))
+        messages.print(Text.assemble(level, (text, "" if style else "dim")), soft_wrap=True)
 
 
 def show_log(main_process: bool, debug: bool = False) -> None:
@@ -45,8 +72,18 @@ def show_error(text: str) -> None:
 
     A word of more than 1,000 characters is the content of a file, for example base64. It is cut.
     """
-    text = re.sub(r"\S{1000,}", lambda word: f"{word[0][:60]}... ({len(word[0]):,} characters)", text)
+    text = re.sub(r"\S{1000,}", lambda word: f"{word[0][:60]}... ({len(word[0]):,} characters)", hide_secrets(text))
     messages.print(Text.assemble(("error: ", "bold red"), text), soft_wrap=True)
+
+
+def show_traceback(error: BaseException) -> None:
+    """Print the traceback of an error on stderr."""
+    messages.print(Text(hide_secrets("".join(traceback.format_exception(error)))), soft_wrap=True)
+
+
+def guard_tracebacks() -> None:
+    """Show the traceback of an error that nothing catches by `show_traceback`, too."""
+    sys.excepthook = lambda _, error, __: show_traceback(error)
 
 
 @contextmanager

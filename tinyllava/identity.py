@@ -11,6 +11,7 @@ from typing import Any
 
 from tinyllava.errors import UserError
 from tinyllava.runs import REMEDY
+from tinyllava.secrets import is_secret_name, mask_settings
 
 # Fields of TrainingArguments that do not change the trained weights, except by rounding and by the random numbers of
 # dropout. All other fields, also those of later versions of transformers, belong to the identity.
@@ -33,7 +34,6 @@ EXECUTION = frozenset(  # as text, because a list would take a line for each nam
 # These decide the result of a stage that keeps its best checkpoint, stops early, or lowers its learning rate by the
 # validation loss.
 JUDGED = frozenset({"eval_strategy", "eval_steps", "eval_delay", "eval_on_start", "save_strategy"})
-SECRET = "hub_token"  # never shown or recorded
 
 
 @dataclass
@@ -95,11 +95,11 @@ def compare_recipes(
     begun = begun[: begun.index(last) + 1]
     order = list(now["stages"])[: len(begun)]
     differences = [Difference("stages", begun, order, True)] if begun != order else []
-    old, new = flatten_settings(before), flatten_settings(now)
+    old, new = (flatten_settings(mask_settings(settings)) for settings in (before, now))  # records have no secrets
     judged = {name for recipe in (before, now) for name, stage in recipe["stages"].items() if _is_judged(stage)}
     for key in {**old, **new}:
         values = [settings.get(key, _get_default(key, defaults)) for settings in (old, new)]
-        if _to_number(values[0]) != _to_number(values[1]) and not key.endswith(SECRET):
+        if _to_number(values[0]) != _to_number(values[1]) and not is_secret_name(key.rpartition(".")[2]):
             differences.append(Difference(key, *values, _is_decisive(key, begun, judged)))
     return differences
 
@@ -151,7 +151,7 @@ def _is_decisive(key: str, begun: Sequence[str], judged: set[str]) -> bool:
     if name not in begun or section == "on_bad_sample":
         return False
     if section in ("data", "validation"):  # their content is compared, wherever it lies: check_data
-        return not {"path", "images"} & set(rest)
+        return not {"path", "images", "urls"} & set(rest)
     return section != "trainer" or rest[0] not in EXECUTION or (rest[0] in JUDGED and name in judged)
 
 

@@ -34,7 +34,8 @@ def test_every_kind_of_reference_gives_the_same_rgb_picture(folder):
     assert is_red(open_image("red.jpg", [str(folder)]))
 
 
-def test_url(folder):
+def test_url(folder, monkeypatch):
+    monkeypatch.setenv("TINYLLAVA_PRIVATE_URLS", "1")
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(folder)))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     address = f"http://127.0.0.1:{server.server_address[1]}"
@@ -48,7 +49,8 @@ def test_url(folder):
         server.server_close()
 
 
-def test_a_server_that_breaks_off_is_an_error_that_names_the_url():
+def test_a_server_that_breaks_off_is_an_error_that_names_the_url(monkeypatch):
+    monkeypatch.setenv("TINYLLAVA_PRIVATE_URLS", "1")
     server = socket.create_server(("127.0.0.1", 0))
 
     def answer(text: bytes) -> None:

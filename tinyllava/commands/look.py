@@ -11,6 +11,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.padding import Padding
 from rich.rule import Rule
 from rich.text import Text
@@ -72,9 +73,10 @@ def look_at_data(setup: StageSetup, console: Console) -> list[dict[str, Any]]:
     plan = Plan(dataset.lengths, batch_size, micro, args.world_size, seed=args.data_seed)
     for source in dataset.sources:
         counts = f"{source['samples']:,} samples from {source['usable']:,} usable of {source['records']:,} records"
-        console.print(f"{source['path']}: {counts}", highlight=False)
+        console.print(f"{source['path']}: {counts}", highlight=False, markup=False)
     for kind, entry in dataset.bad_records.to_dict().items():
-        console.print(f"{kind}: {entry['count']:,} records ({', '.join(entry['ids'][:3])} ...)", style="yellow")
+        counts = f"{entry['count']:,} records ({', '.join(entry['ids'][:3])} ...)"
+        console.print(f"{kind}: {counts}", style="yellow", markup=False)
     if setup.validation is not None:
         console.print(f"validation: {len(setup.validation):,} samples", highlight=False)
     steps_per_epoch = math.ceil(len(dataset) / batch_size)
@@ -113,7 +115,7 @@ def show_sample(setup: StageSetup, item: dict[str, Any], console: Console) -> No
     is_stream = isinstance(setup.dataset, StreamingDataset)
     name = f"sample {item['index'] if is_stream else setup.dataset.ids[item['index']]}"
     supervised = int((labels[1:] != IGNORE).sum())
-    console.print(f"\n[bold]{name}[/]  {len(ids)} positions, {supervised} supervised", highlight=False)
+    console.print(f"\n[bold]{escape(name)}[/]  {len(ids)} positions, {supervised} supervised", highlight=False)
     counts = []
     if item["pixel_values"] is not None:
         side = item["pixel_values"].shape[-1]

@@ -36,12 +36,12 @@ def load_recipe(name: str, overrides: list[str] | None = None) -> Recipe:
 
 def parse_recipe(text: str, name: str) -> Recipe:
     """The recipe in a text that `Recipe.to_yaml` wrote. Raises UserError if it cannot be read."""
-    return _validate(_parse_yaml(text, f"recipe {name}"), name)
+    return _validate(_parse_yaml(text, f"recipe {name}"), name, resolve=False)  # only masked secrets are left
 
 
-def _validate(tree: DictConfig, name: str) -> Recipe:
+def _validate(tree: DictConfig, name: str, resolve: bool = True) -> Recipe:
     try:
-        return Recipe.model_validate(OmegaConf.to_container(tree, resolve=True))
+        return Recipe.model_validate(OmegaConf.to_container(tree, resolve=resolve))
     except ValidationError as error:
         raise UserError(explain_error(name, error)) from None
     except OmegaConfBaseException as error:

@@ -8,11 +8,12 @@ from omegaconf import OmegaConf
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from tinyllava.factory import Factory
+from tinyllava.secrets import mask_settings
 
 PARTS = ("vision_tower", "connector", "llm")
 PART_TITLES = {"vision_tower": "vision tower", "connector": "connector", "llm": "LLM"}  # names in messages
 # Fields that earlier versions did not have, with their defaults: the hash of an earlier recipe must not change.
-ADDED_LATER = {"early_stopping": None, "supervised_turns": "all", "add_tokens": []}
+ADDED_LATER = {"early_stopping": None, "supervised_turns": "all", "add_tokens": [], "urls": False}
 NATIVE_TEMPLATE = "native"  # the tokenizer's own chat template: a name without a file in templates/
 
 
@@ -154,6 +155,7 @@ class DataSpec(StrictModel):
     split: str = "train"
     name: str | None = None
     streaming: bool = False
+    urls: bool = False  # whether its records may name images by URL
 
 
 class TuneSpec(StrictModel):
@@ -221,12 +223,15 @@ class Recipe(StrictModel):
     def compute_hash(self) -> str:
         """A short hash of the whole recipe: 16 hex digits."""
         tree = self.model_dump(mode="json")
-        for section in (tree["model"], *tree["stages"].values()):
+        sections = [tree["model"], *tree["stages"].values()]
+        for stage in tree["stages"].values():  # its `validation` is a share, or entries as in its `data`
+            sections += [*stage["data"], *(stage["validation"] if isinstance(stage["validation"], list) else [])]
+        for section in sections:
             for name, default in ADDED_LATER.items():
                 if section.get(name) == default:
                     section.pop(name, None)
         return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:16]
 
     def to_yaml(self) -> str:
-        """The resolved recipe as YAML that `load_recipe` reads, without values that equal the defaults."""
-        return OmegaConf.to_yaml(OmegaConf.create(self.model_dump(mode="json", exclude_defaults=True)))
+        """The resolved recipe as YAML that `load_recipe` reads, without secrets and values that equal the defaults."""
+        return OmegaConf.to_yaml(OmegaConf.create(mask_settings(self.model_dump(mode="json", exclude_defaults=True))))

@@ -6,12 +6,10 @@ and serving see the same image. Transparent images are shown on white.
 
 import os
 import struct
-import urllib.request
 import warnings
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from http.client import HTTPException
 from io import BufferedIOBase, BytesIO
 from pathlib import Path
 
@@ -20,6 +18,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 
 from tinyllava.data.references import Reference, describe_reference, is_file_reference, resolve_reference, shorten
 from tinyllava.data.sample import SampleError
+from tinyllava.downloads import read_url
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".webp")
 # Some of Pillow's other decoders start programs (EPS) or take any file for an image (SPIDER).
@@ -27,12 +26,19 @@ FORMATS = ("JPEG", "PNG", "GIF", "BMP", "PPM", "WEBP", "TIFF", "JPEG2000", "ICO"
 # What Pillow's decoders raise on damaged files, over all formats.
 DAMAGED = (OSError, SyntaxError, ValueError, TypeError, EOFError, LookupError, ArithmeticError, RuntimeError)
 DAMAGED += (struct.error, zlib.error, Image.DecompressionBombError, Image.DecompressionBombWarning)
-URL_TIMEOUT = 30  # seconds
+PIXELS = 89_000_000  # decoded, these take 0.3 GB. Pillow's own limit is a warning, and other packages switch it off
 TURNS = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # EXIF orientation -> Image.Transpose that turns it upright
 
 
 class ImageFolders(list[str]):
-    """The image folders that a user names. Records cannot name files outside of them; links inside may lead out."""
+    """Where the images of records are searched.
+
+    If the user names the folders, records cannot name files outside of them; links inside may lead out.
+    """
+
+    def __init__(self, folders: Sequence[str], named: bool = True, urls: bool = False) -> None:
+        super().__init__(folders)
+        self.named, self.urls = named, urls  # urls: whether a record may name a URL
 
 
 def open_image(reference: Reference, roots: Sequence[str] = (), *, draft: tuple[int, int] | None = None) -> Image.Image:
@@ -69,6 +75,8 @@ def _open_undecoded(reference: Reference, roots: Sequence[str]) -> Iterator[Imag
             warnings.simplefilter("ignore")  # about odd EXIF: real faults raise an error
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with nullcontext(content) if content is source else Image.open(content, "r", FORMATS) as image:
+                if image is not source and image.width * image.height > PIXELS:
+                    raise ValueError(f"it has {image.width}x{image.height} pixels, at most {PIXELS:,} are allowed")
                 yield image
     except DAMAGED as error:
         unknown = f"is not an image of a known format ({', '.join(FORMATS)})"
@@ -78,16 +86,19 @@ def _open_undecoded(reference: Reference, roots: Sequence[str]) -> Iterator[Imag
 
 def _find_content(source: str | bytes, roots: Sequence[str]) -> Path | BytesIO:
     """The file of a path, or the content that bytes or a URL give."""
-    if is_file_reference(source):
-        if error := find_file_fault(source, roots):
-            raise error
-        return find_file(source, roots)
-    return BytesIO(_download(source) if isinstance(source, str) else source)
+    if isinstance(source, bytes):
+        return BytesIO(source)
+    if error := find_file_fault(source, roots):
+        raise error
+    try:
+        return find_file(source, roots) if is_file_reference(source) else BytesIO(read_url(source))
+    except OSError as error:
+        raise SampleError("unreadable_image", f"image {shorten(source)} cannot be loaded ({error})") from None
 
 
 def find_file(reference: str, roots: Sequence[str]) -> Path | None:
     """The first file called `reference` under `roots` (an absolute path, or no roots: the path itself)."""
-    may_leave = isinstance(roots, ImageFolders) and (".." in reference or os.path.isabs(reference))
+    may_leave = getattr(roots, "named", False) and (".." in reference or os.path.isabs(reference))
     bounds = tuple(os.path.join(os.path.abspath(root), "") for root in roots) if may_leave else ()
     for root in roots or ("",):
         path = os.path.normpath(os.path.join(root, reference))  # what is checked is opened
@@ -97,7 +108,10 @@ def find_file(reference: str, roots: Sequence[str]) -> Path | None:
 
 
 def find_file_fault(reference: str, roots: Sequence[str]) -> SampleError | None:
-    """Why the file `reference` cannot be an image, from its directory entry alone: it is missing or has zero bytes."""
+    """Why a path or URL cannot be an image, without opening it: it is missing, has zero bytes, or is not allowed."""
+    if not is_file_reference(reference):
+        text = f"image {shorten(reference)} is a URL. `urls: true` beside its `path:` allows its download"
+        return None if getattr(roots, "urls", True) else SampleError("unreadable_image", text)
     path = find_file(reference, roots)
     if path is None or path.stat().st_size > 0:
         return _explain_missing(reference, roots) if path is None else None
@@ -110,18 +124,8 @@ def make_blank_image() -> Image.Image:
     return Image.new("RGB", (64, 64), (127, 127, 127))
 
 
-def _download(url: str) -> bytes:
-    try:
-        request = urllib.request.Request(url, headers={"User-Agent": "tinyllava"})
-        with urllib.request.urlopen(request, timeout=URL_TIMEOUT) as response:
-            return response.read()
-    except (OSError, ValueError, HTTPException) as error:
-        problem = f"cannot be loaded ({shorten(str(error))})"
-        raise SampleError("unreadable_image", f"image {shorten(url)} {problem}") from None
-
-
 def _explain_missing(reference: str, roots: Sequence[str]) -> SampleError:
-    searched = roots if isinstance(roots, ImageFolders) or not os.path.isabs(reference) else ()
+    searched = roots if getattr(roots, "named", False) or not os.path.isabs(reference) else ()
     where = f" under {' or '.join(map(str, searched))}" if searched else ""
     # A known case: OCR-VQA's images are .jpg in the annotations and .gif or .png on disk.
     stem = os.path.splitext(reference)[0]

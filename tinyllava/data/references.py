@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image
 
 from tinyllava.data.sample import SampleError, unwrap_image
+from tinyllava.secrets import hide_secrets
 
 Reference = str | os.PathLike[str] | bytes | IO[bytes] | np.ndarray | Image.Image | dict[str, Any]
 URL = re.compile(r"https?://", re.IGNORECASE)
@@ -57,7 +58,7 @@ def describe_reference(reference: object) -> str:
 
 def shorten(text: str) -> str:
     """The text on one line, and only its beginning if it is long: it may hold the content of an image."""
-    limit = 30 if ENCODED.match(text) else 160
+    limit, text = (30, text) if ENCODED.match(text) else (160, hide_secrets(text))
     shown = "".join(character if character.isprintable() else "?" for character in text[:limit])
     return shown if len(text) <= limit else f"{shown[:60]}... ({len(text):,} characters)"
 

@@ -12,7 +12,6 @@ import pyarrow.compute as pc
 
 from tinyllava.data.bad_records import SHORTENED, BadRecords
 from tinyllava.data.images import find_file_fault
-from tinyllava.data.references import is_file_reference
 from tinyllava.data.sample import SampleError
 from tinyllava.data.sources import Source
 
@@ -29,7 +28,7 @@ def find_usable(source: Source, table: datasets.Dataset, bad: BadRecords) -> np.
     for row in map(int, np.flatnonzero(read_column(table, "shortened"))):
         bad.add(SHORTENED, ids[row].as_py(), details[row].as_py())
     names = pc.unique(pc.list_flatten(images)).to_pylist()
-    faults = find_file_faults(filter(is_file_reference, names), source.roots)
+    faults = find_file_faults(filter(None, names), source.roots)
     if faults:
         for row in map(int, np.flatnonzero(usable)):
             error = next((faults[name] for name in images[row].as_py() if name in faults), None)
@@ -40,7 +39,7 @@ def find_usable(source: Source, table: datasets.Dataset, bad: BadRecords) -> np.
 
 
 def find_file_faults(names: Iterable[str], roots: Sequence[str]) -> dict[str, SampleError]:
-    """The image files that are missing or empty, with the error of each."""
+    """The images that are missing, empty or not allowed, with the error of each."""
     names = sorted(names)
 
     def search(chunk: list[str]) -> list[tuple[str, SampleError | None]]:

@@ -19,6 +19,7 @@ from typing import Any
 from tinyllava.errors import UserError
 from tinyllava.eval.benchmarks._judge import JUDGE_MAX_TOKENS
 from tinyllava.eval.tasks import Task
+from tinyllava.secrets import hide_secrets
 
 logger = logging.getLogger("tinyllava")
 
@@ -68,7 +69,7 @@ class Endpoint:
     @property
     def name(self) -> str:
         """The name in result files: the model, and its URL unless that is OpenAI's."""
-        return self.model if self.url == URL else f"{self.model} at {self.url}"
+        return self.model if self.url == URL else f"{self.model} at {hide_secrets(self.url)}"
 
     def __call__(self, prompt: str, temperature: float) -> str | None:
         """Send one user message and return the text of the reply, which has at most three tokens (MM-Vet's rule).

@@ -21,6 +21,7 @@ from tinyllava.console import is_main_process
 from tinyllava.identity import check_same_run
 from tinyllava.provenance import get_git_state, get_versions
 from tinyllava.runs import RECIPE, RUN, read_begun_stages, read_start
+from tinyllava.secrets import mask_settings
 
 logger = logging.getLogger("tinyllava")
 DEFAULTS = {field.name: field.default for field in fields(TrainingArguments) if field.default is not MISSING}
@@ -74,9 +75,10 @@ class RunRecord:
         """Write the file, and the recipe beside it, in the main process."""
         if is_main_process():
             atomic.write_text(self.directory / RECIPE, self.recipe_yaml)
-            atomic.write_text(self.directory / RUN, json.dumps(self.content, indent=2) + "\n")
+            atomic.write_text(self.directory / RUN, json.dumps(mask_settings(self.content), indent=2) + "\n")
 
     def describe_stage(self, name: str, step: int) -> dict[str, Any]:
         """The part of the record that a checkpoint of this stage contains."""
         facts = {key: self.content[key] for key in OF_THE_RUN}
-        return {**facts, "recipe_yaml": self.recipe_yaml, **self.content["stages"][name], "stage": name, "step": step}
+        facts |= {"recipe_yaml": self.recipe_yaml, **self.content["stages"][name], "stage": name, "step": step}
+        return mask_settings(facts)

@@ -21,6 +21,7 @@ from types import ModuleType
 
 from tinyllava.cache import find_cache_root
 from tinyllava.config import DataSpec
+from tinyllava.data.images import ImageFolders
 from tinyllava.data.sources import hub, llava_json, messages, stamps
 from tinyllava.data.sources._json import check_exists, parse_records
 from tinyllava.data.sources.source import Source as Source
@@ -38,6 +39,7 @@ def open_source(spec: DataSpec, cache_dir: str | Path | None = None) -> Source:
         source = _find_format(spec).read(spec, find_cache_root(cache_dir))
     except PermissionError as error:
         raise UserError(f"cannot read {error.filename or spec.path}: permission denied.") from None
+    source.roots = ImageFolders(source.roots, named=spec.images is not None, urls=spec.urls)
     for root in source.roots:
         if not Path(root).is_dir():
             raise UserError(

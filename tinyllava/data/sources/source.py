@@ -10,7 +10,6 @@ import datasets
 import pyarrow as pa
 
 from tinyllava.config import DataSpec
-from tinyllava.data.images import ImageFolders
 from tinyllava.data.sample import Sample, SampleError
 
 SHUFFLED = 1000  # records of a stream in the shuffle buffer: with their encoded images, about a hundred MB at most
@@ -94,7 +93,7 @@ def list_image_folders(spec: DataSpec, default: list[str]) -> list[str]:
     """The image folders of `spec` as a list, `default` where it names none."""
     if spec.images is None:
         return default
-    return ImageFolders([spec.images] if isinstance(spec.images, str) else spec.images)
+    return [spec.images] if isinstance(spec.images, str) else spec.images
 
 
 def _to_rows(value: Any) -> Any:
