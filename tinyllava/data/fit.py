@@ -14,13 +14,13 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from jinja2 import TemplateError, TemplateSyntaxError
-from transformers.utils.chat_template_utils import render_jinja_template
 
 from tinyllava.data.labels import Span
 from tinyllava.data.rendering import GENERATION, OURS, REMEDY, ChatFormat, render_jinja
 from tinyllava.data.sample import IMAGE_PART, IMAGE_TOKEN, Message, Sample, SampleError
 from tinyllava.data.special_tokens import adds_bos, has_token
 from tinyllava.errors import UserError
+from tinyllava.sandbox import render_template
 
 logger = logging.getLogger("tinyllava")
 END_OF_TURN = re.compile(r'(?<=set end_of_turn = )"([^"]*)"')  # where our templates name it
@@ -133,7 +133,7 @@ def _cut_after_answer(text: str, spans: list[Span]) -> str:
 def _wants_parts(source: str) -> bool:
     """Whether a template reads content only as a list of parts, as llava-hf's do. It then leaves out a plain text."""
     try:
-        text, _ = render_jinja_template([[PROBE.to_messages()[0]]], chat_template=source)
+        text, _ = render_template([PROBE.to_messages()[0]], source)
     except TemplateError:
         return False
     return PROBE.messages[0].text not in text[0]

@@ -11,11 +11,11 @@ from itertools import compress
 from typing import Any
 
 from jinja2 import TemplateError, TemplateSyntaxError
-from transformers.utils.chat_template_utils import render_jinja_template
 
 from tinyllava.data.labels import Span
 from tinyllava.data.sample import Sample, SampleError
 from tinyllava.factory import Factory
+from tinyllava.sandbox import render_template
 
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 OURS = ", ".join(Factory("templates").list_names())
@@ -86,9 +86,9 @@ def render_jinja(
     parts: give the template the content of messages as lists of parts. Raises SampleError if it refuses the sample.
     """
     try:
-        texts, spans = render_jinja_template(
-            [sample.to_messages(parts)],
-            chat_template=source,
+        texts, spans = render_template(
+            sample.to_messages(parts),
+            source,
             add_generation_prompt=prompt,
             return_assistant_tokens_mask=bool(GENERATION.search(source)),
             **tokenizer.special_tokens_map,

@@ -27,6 +27,7 @@ from tinyllava.data.special_tokens import add_image_token as add_image_token
 from tinyllava.data.special_tokens import image_token_id, require_fast
 from tinyllava.errors import UserError
 from tinyllava.factory import Factory
+from tinyllava.sandbox import trust_template
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,8 @@ class Template:
             part = part()
         if isinstance(part, Template):
             return part
-        return Template(name, read_source(part) if isinstance(part, Path) else part)
+        trust_template(source := read_source(part) if isinstance(part, Path) else part)
+        return Template(name, source)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "bound": {}}
