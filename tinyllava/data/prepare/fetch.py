@@ -10,14 +10,18 @@ would delete it.
 
 import hashlib
 import http.client
+import lzma
 import os
+import re
 import shutil
 import ssl
+import stat
 import time
 import urllib.error
 import urllib.request
 import zipfile
-from pathlib import Path
+import zlib
+from pathlib import Path, PurePosixPath
 
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeRemainingColumn, track
 
@@ -32,6 +36,9 @@ ATTEMPTS = 5  # without a new byte, one after another
 BROKEN = (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError, ssl.SSLError)
 RESUME = "Run the command again to resume."
 RETRY = "It was deleted. Run the command again."
+MEMBERS = 2_000_000  # the largest archive of a dataset that we list has 0.2 million files
+RATIO, SMALL = 100, 100_000_000  # unpacked bytes for each packed one (JSON: 20, images: 1), and bytes always allowed
+DAMAGED = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, NotImplementedError, RuntimeError, ValueError)
 ARCHIVES = ".downloads"  # under the root: zips, until they are unpacked
 
 
@@ -164,28 +171,66 @@ def _explain_refusal(repository: str, error: Exception) -> DownloadError:
 def unpack_zip(archive: Path, folder: Path) -> None:
     """Unpack a zip into `folder`. It does not matter whether the paths in the zip begin with the folder's name.
 
-    The folder appears when it is complete. Raises DownloadError for a damaged zip and deletes it.
+    The folder appears when it is complete. Raises DownloadError for a zip that is damaged, which is deleted, or that
+    could write elsewhere or fill the disk.
     """
     # Kept after an interruption, unlike the directory of atomic.write_directory: the next run unpacks the rest.
     partial = folder.with_name(f".{folder.name}.partial")
     partial.mkdir(parents=True, exist_ok=True)
     try:
         with zipfile.ZipFile(archive) as file:
+            check_members(file, archive)
             members = [member for member in file.infolist() if not member.is_dir()]
             rest = [member for member in members if _get_size(partial / member.filename) != member.file_size]
             check_disk_space(folder.parent, sum(member.file_size for member in rest), archive)
             shown = {"console": messages, "transient": True, "disable": not messages.is_terminal}
             for member in track(rest, f"Unpacking {archive.name}", **shown):
                 file.extract(member, partial)
-    except zipfile.BadZipFile as error:
+    except DAMAGED as error:
         archive.unlink()
         raise DownloadError(f"{archive} is damaged ({error}). {RETRY}") from None
     top = partial / folder.name if [path.name for path in partial.iterdir()] == [folder.name] else partial
-    if folder.is_dir():  # other items are in it already
-        shutil.copytree(top, folder, copy_function=os.replace, dirs_exist_ok=True)
-    else:
-        top.replace(folder)
+    try:
+        if folder.is_dir():  # other items are in it already
+            shutil.copytree(top, folder, copy_function=os.replace, dirs_exist_ok=True)
+        else:
+            top.replace(folder)
+    except (shutil.Error, FileExistsError, NotADirectoryError, IsADirectoryError) as error:
+        text = str(error.args[0][0][2] if isinstance(error, shutil.Error) else error)
+        raise DownloadError(f"cannot move the content of {archive} to {folder}: {text}. Move that aside.") from None
     shutil.rmtree(partial, ignore_errors=True)
+
+
+def check_members(file: zipfile.ZipFile, archive: Path) -> None:
+    """Raise DownloadError if a zip could write outside of its folder, or fill the disk, or holds more than files."""
+    members, names, folders = file.infolist(), set(), set()
+    size = sum(member.file_size for member in members)
+    if len(members) > MEMBERS or size > max(SMALL, RATIO * archive.stat().st_size):
+        raise DownloadError(
+            f"{archive} announces {len(members):,} files with {size / 1e9:.1f} GB: at most {MEMBERS:,} files and"
+            f" {RATIO} times its own size are unpacked."
+        )
+    for member in members:
+        path, mode = PurePosixPath(member.filename), member.external_attr >> 16
+        fault = None
+        if member.flag_bits & 1:
+            fault = "is encrypted"
+        elif stat.S_IFMT(mode) not in (0, stat.S_IFREG, stat.S_IFDIR):
+            fault = "is a link or a device, not a file"
+        elif (
+            path.is_absolute() or {"..", ""} & set(path.parts) or re.search(r"[\\\x00-\x1f]|^\w:", member.orig_filename)
+        ):
+            fault = "names a place outside of the folder"
+        elif any(len(os.fsencode(part)) > 255 for part in path.parts):
+            fault = "has too long a name"
+        if fault:
+            name = member.orig_filename[:80].encode("unicode_escape").decode()
+            raise DownloadError(f"{archive} is not unpacked: its entry {name} {fault}. Get the data elsewhere.")
+        folders |= set(path.parents)
+        if not member.is_dir():
+            names.add(path)
+    if clash := names & folders:
+        raise DownloadError(f"{archive} is not unpacked: {min(clash)} is a file and a folder in it.")
 
 
 def check_disk_space(folder: Path, size: int, what: object) -> None:
