@@ -24,6 +24,10 @@ CHECKED += (
     "chat_template.*",
 )
 CHECKED += ("tokenizer.model", "pytorch_model*.bin", "adapter_model*.bin", "*.safetensors")
+JSON_SIZE = 200_000_000  # bytes; the largest tokenizers have 35 MB
+HEADER_SIZE = 20_000_000  # bytes of a safetensors file before its weights; 1,000 weights take 0.1 MB
+LAYERS = 10_000  # the deepest models have about 100
+DEPTH = re.compile(r"(num_)?(hidden_|encoder_|decoder_)?layers?|n_layers?|depth")
 SHARD = re.compile(r"(.+)-\d+-of-\d+\.(safetensors|bin)")
 
 
@@ -51,12 +55,42 @@ def shorten_error(error: Exception) -> str:
         return "its weights do not have the shapes of its config"
     if "instantiate the backend tokenizer" in text:
         return "it has no tokenizer.json, and transformers cannot make one of its other files"
+    if "trust_remote_code" in text or "custom code" in text:
+        return (
+            "it brings Python code of its own (`auto_map`), which is never run. Use a model whose architecture"
+            " transformers has, or import a class of your own that registers it"
+        )
     return text
+
+
+def explain_hub_error(error: BaseException) -> str:
+    """Why something could not be loaded from the Hub, in a line."""
+    from huggingface_hub import errors
+
+    chain, link = [], error
+    while link is not None and link not in chain:
+        chain, link = [*chain, link], link.__cause__ or link.__context__
+    for link in chain:
+        status = getattr(getattr(link, "response", None), "status_code", None)
+        if isinstance(link, errors.GatedRepoError):
+            return "its authors ask for your consent. Give it on its page on the Hub, then run `hf auth login`"
+        if isinstance(link, errors.RepositoryNotFoundError | errors.HFValidationError):
+            text = "neither a directory nor on the Hub"
+            return f"{text}, or it is private: then run `hf auth login`" if status == 401 else text
+        if isinstance(link, errors.RevisionNotFoundError):
+            return "the Hub has it, but not this revision"
+        if isinstance(link, errors.HfHubHTTPError):
+            return f"the Hub answered {status}. Try again later, or check your token with `hf auth whoami`"
+        if isinstance(link, errors.OfflineModeIsEnabled):
+            return "not in the Hub's cache, and HF_HUB_OFFLINE forbids a download"
+    return f"neither a directory nor readable from the Hub: {shorten_error(error)}"
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file. Raises UserError when the file cannot be read or holds something else."""
     check_file(path)
+    if path.stat().st_size > JSON_SIZE:
+        raise UserError(f"{path} has more than {JSON_SIZE // 10**6} MB. It is not what its name says.")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -89,6 +123,8 @@ def check_model_files(directory: Path) -> None:
 def _check_content(path: Path, content: dict[str, Any]) -> None:
     if path.name == "config.json" and not isinstance(content.get("model_type"), str):
         raise UserError(f"{path} names no model_type: it is not the config of a model. Copy it again.")
+    if path.name == "config.json":
+        _check_depth(path, content)
     if path.name == "tokenizer.json" and not isinstance(content.get("model"), dict):
         raise UserError(f"{path} describes no tokenizer: it has no `model`. Copy it again.")
     if not path.name.endswith(".index.json"):
@@ -96,10 +132,22 @@ def _check_content(path: Path, content: dict[str, Any]) -> None:
     files = content.get("weight_map")
     if not isinstance(files, dict) or not files:
         raise UserError(f"{path} names no files: it has no `weight_map`. Copy it again.")
-    missing = sorted(name for name in set(map(str, files.values())) if not (path.parent / name).is_file())
+    names = sorted(set(map(str, files.values())))
+    if outside := [name for name in names if Path(name).name != name or name == ".." or "\\" in name]:
+        raise UserError(f"{path} names {outside[0][:80]!r}, which is not a file beside it. Do not use this checkpoint.")
+    missing = [name for name in names if not (path.parent / name).is_file()]
     if missing:
         more = f" and {len(missing) - 3} more are" if len(missing) > 3 else " is" if len(missing) == 1 else " are"
         raise UserError(f"{path.parent} is incomplete: {', '.join(missing[:3])}{more} missing. Copy it again.")
+
+
+def _check_depth(path: Path, content: dict[str, Any]) -> None:
+    """Raise UserError for a config of more layers than any model has: they would be built one after another."""
+    for name, value in content.items():
+        if isinstance(value, dict):
+            _check_depth(path, value)
+        elif DEPTH.fullmatch(name) and isinstance(value, int) and value > LAYERS:
+            raise UserError(f"{path} asks for {value:,} layers ({name}), at most {LAYERS:,} are built.")
 
 
 def check_safetensors(path: Path) -> None:
@@ -107,6 +155,10 @@ def check_safetensors(path: Path) -> None:
     from safetensors import SafetensorError, safe_open
 
     check_file(path)
+    with path.open("rb") as file:
+        header = int.from_bytes(file.read(8), "little")
+    if header > HEADER_SIZE:
+        raise UserError(f"{path} is damaged: it announces a header of {header:,} bytes. Copy it again.")
     try:
         with safe_open(path, framework="pt"):
             pass

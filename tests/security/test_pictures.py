@@ -85,7 +85,6 @@ def list_strange_names() -> list[str]:
         "http:/secret.png",
         "-",
         "$HOME",
-        "in.png/",
     ]
 
 
@@ -226,5 +225,5 @@ def test_image_bombs_are_errors_in_little_time_and_memory(tmp_path):
 
 def test_the_limit_holds_when_pillows_own_is_off(monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
-    with pytest.raises(SampleError, match=r"has 89001x1000 pixels, at most 89,000,000"):
+    with pytest.raises(SampleError, match=r"has 89479x1000 pixels, at most 89,478,485"):
         open_image(write_png(PIXELS // 1000 + 1, 1000, bits=1, colour=0, rows=1))

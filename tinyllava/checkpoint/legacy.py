@@ -255,7 +255,9 @@ def _get_connector_options(
 def _load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     """The fast version of the slow tokenizer in `directory`, by the class that tokenizer_config.json names."""
     try:  # an empty config: the LLM's model_type would overrule that class
-        return AutoTokenizer.from_pretrained(directory, config=PreTrainedConfig(), local_files_only=True)
+        return AutoTokenizer.from_pretrained(
+            directory, config=PreTrainedConfig(), local_files_only=True, trust_remote_code=False
+        )
     except (OSError, ValueError, ImportError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(

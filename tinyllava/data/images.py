@@ -26,7 +26,7 @@ FORMATS = ("JPEG", "PNG", "GIF", "BMP", "PPM", "WEBP", "TIFF", "JPEG2000", "ICO"
 # What Pillow's decoders raise on damaged files, over all formats.
 DAMAGED = (OSError, SyntaxError, ValueError, TypeError, EOFError, LookupError, ArithmeticError, RuntimeError)
 DAMAGED += (struct.error, zlib.error, Image.DecompressionBombError, Image.DecompressionBombWarning)
-PIXELS = 89_000_000  # decoded, these take 0.3 GB. Pillow's own limit is a warning, and other packages switch it off
+PIXELS = 89_478_485  # Pillow's limit, of which it only warns, and which other packages switch off. They take 0.3 GB
 TURNS = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # EXIF orientation -> Image.Transpose that turns it upright
 
 
@@ -75,8 +75,8 @@ def _open_undecoded(reference: Reference, roots: Sequence[str]) -> Iterator[Imag
             warnings.simplefilter("ignore")  # about odd EXIF: real faults raise an error
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with nullcontext(content) if content is source else Image.open(content, "r", FORMATS) as image:
-                if image is not source and image.width * image.height > PIXELS:
-                    raise ValueError(f"it has {image.width}x{image.height} pixels, at most {PIXELS:,} are allowed")
+                if image is not source and image.width * image.height > (most := Image.MAX_IMAGE_PIXELS or PIXELS):
+                    raise ValueError(f"it has {image.width}x{image.height} pixels, at most {most:,} are allowed")
                 yield image
     except DAMAGED as error:
         unknown = f"is not an image of a known format ({', '.join(FORMATS)})"

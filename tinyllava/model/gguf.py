@@ -34,7 +34,7 @@ def convert_gguf(path: Path) -> Path:
 
 
 def _convert(path: Path, directory: Path) -> None:
-    source = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
+    source = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name, "trust_remote_code": False}
     try:
         tokenizer, model = AutoTokenizer.from_pretrained(**source), AutoModelForCausalLM.from_pretrained(**source)
     except (OSError, ValueError, KeyError, NotImplementedError) as error:

@@ -18,7 +18,7 @@ from tinyllava.config import PART_TITLES, LLMSpec, ModelSpec, TokenizerSpec, Vis
 from tinyllava.console import silence_transformers
 from tinyllava.errors import UserError
 from tinyllava.factory import Factory, suggest_nearest
-from tinyllava.files import FAULTS, check_model_files, shorten_error
+from tinyllava.files import FAULTS, check_model_files, explain_hub_error, shorten_error
 from tinyllava.model import gguf
 from tinyllava.vision_towers import get_family_name, import_tower, join_tower_configs, split_tower_name
 
@@ -148,7 +148,7 @@ def load_named(part: str, name: str, load: Callable, **kwargs: Any) -> Any:
         offline = not local and not is_hub_reachable()
         return load(name, local_files_only=offline, trust_remote_code=False, **kwargs)  # None asks on the terminal
     except FAULTS as error:
-        reason = shorten_error(error) if local else "neither a directory nor on the Hub"
+        reason = shorten_error(error) if local else explain_hub_error(error)
         if not local and not is_hub_reachable():
             reason = "no such directory, not in the Hub's cache, and the Hub cannot be reached"
         raise UserError(
