@@ -26,14 +26,15 @@ VARIABLE = re.compile(
 )
 SHORTEST = 8  # characters of a variable's value: `1` or `true` would hide half of a text
 FORMS = re.compile(
-    r"hf_[A-Za-z0-9]{16,}|\bsk-[\w-]{16,}|\bgh[pousr]_\w{20,}|\bgithub_pat_\w{20,}|\bglpat-[\w-]{16,}|"
-    r"\bxox[abprs]-[\w-]{10,}|\b(AKIA|ASIA)[A-Z0-9]{16}\b|\bAIza[\w-]{30,}|\beyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]*|"
-    r"(?<=://)[^\s/@'\"]+(?=@)|(?i:(?<=bearer )[\w.~+/=-]{8,})"
+    r"(?<=://)[^\s/@'\"]+(?=@)|hf_[A-Za-z0-9]{16,}|\bsk-[\w-]{16,}|\bgh[pousr]_\w{20,}|\bgithub_pat_\w{20,}|"
+    r"\bglpat-[\w-]{16,}|\bxox[abprs]-[\w-]{10,}|\b(AKIA|ASIA)[A-Z0-9]{16}\b|\bAIza[\w-]{30,}|"
+    r"\beyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]*|(?i:(?<=bearer )[\w.~+/=-]{8,})"
 )
 # `token=...` in a URL or a message, and `"token": ...` in JSON
+QUOTE, GAP = "['\"]", r"\s{0,4}"
 LABELLED = re.compile(
-    rf"(?i)(?<![\w-])((?:{NAMES})['\"]?\s*[=:]\s*['\"]?|(?:{SHORT_NAMES})(?:=['\"]?|['\"]\s*:\s*['\"]))"
-    r"(?:(?:basic|bearer|token)\s+)?[^\s'\",;&#)}*$<][^\s'\",;&#)}]{3,}"
+    rf"(?i)(?<![\w-])((?:{NAMES}){QUOTE}?{GAP}[=:]{GAP}{QUOTE}?|(?:{SHORT_NAMES})(?:={QUOTE}?|{QUOTE}{GAP}:{GAP}{QUOTE}))"
+    r"(?:(?:basic|bearer|token)\s{1,4})?[^\s'\",;&#)}*$<][^\s'\",;&#)}]{3,}"
 )
 
 

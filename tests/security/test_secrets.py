@@ -52,7 +52,7 @@ def test_secrets_in_texts(text, monkeypatch):
     monkeypatch.setenv("MY_SERVICE_TOKEN", "hunter22-of-the-environment")
     assert "hunter22" not in hide_secrets(text) and TOKEN not in hide_secrets(text)
     assert HIDDEN in hide_secrets(text)
-    assert "hunter22" not in shorten(text) and TOKEN not in shorten(text)
+    assert "hunter22" not in shorten(f"https://x.org/ {text}") and TOKEN not in shorten(f"https://x.org/ {text}")
 
 
 @pytest.mark.parametrize(

@@ -58,7 +58,7 @@ def describe_reference(reference: object) -> str:
 
 def shorten(text: str) -> str:
     """The text on one line, and only its beginning if it is long: it may hold the content of an image."""
-    limit, text = (30, text) if ENCODED.match(text) else (160, hide_secrets(text))
+    limit, text = 30 if ENCODED.match(text) else 160, hide_secrets(text) if "://" in text[:160] else text
     shown = "".join(character if character.isprintable() else "?" for character in text[:limit])
     return shown if len(text) <= limit else f"{shown[:60]}... ({len(text):,} characters)"
 
