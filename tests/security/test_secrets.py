@@ -9,9 +9,12 @@ import pytest
 import yaml
 
 from tests.train.tiny_run import recipe as tiny_recipe
+from tinyllava import checkpoint
+from tinyllava.commands.card import make_model_card
 from tinyllava.config import Recipe, load_recipe
 from tinyllava.config.read import parse_recipe
 from tinyllava.data.references import shorten
+from tinyllava.model.parts import NANO_FOLDER
 from tinyllava.secrets import HIDDEN, hide_secrets, is_secret_name, mask_settings
 from tinyllava.train import stage
 from tinyllava.train.record import RunRecord
@@ -142,3 +145,15 @@ def test_errors_and_tracebacks_hide_secrets(tmp_path, monkeypatch):
         assert done.returncode != 0 and "cannot use *** and ***" in done.stderr, done.stderr
         # A traceback shows lines of source code, and this test's own contains the secret's text.
         assert "hunter22" not in done.stderr and TOKEN not in done.stderr
+
+
+def test_a_model_card_hides_the_secrets_of_a_record_of_earlier_versions():
+    vlm = checkpoint.load(NANO_FOLDER / "model")
+    text = (
+        "stages:\n  finetune:\n    data: [{path: a.json}]\n    trainer: {hub_token: hunter22, run_name: "
+        + TOKEN
+        + "}\n"
+    )
+    run = {"recipe": "x", "stage": "finetune", "step": 1, "versions": {}, "recipe_yaml": text}
+    card = str(make_model_card(vlm, run, {}, "name"))
+    assert "hunter22" not in card and TOKEN not in card and "hub_token: ***" in card

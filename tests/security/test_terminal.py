@@ -10,6 +10,8 @@ from rich.text import Text
 
 from tinyllava.commands.check_data import check_source
 from tinyllava.console import SafeConsole, neutralise, output
+from tinyllava.eval.benchmarks import Question
+from tinyllava.eval.page import _render_card
 
 ATTACKS = {
     "colour": "\x1b[31mred\x1b[0m",
@@ -72,3 +74,9 @@ def test_the_check_of_hostile_records(pictures, tmp_path):
         )
     written = (tmp_path / "out.txt").read_text(encoding="utf-8")
     assert not UNSAFE & set(written) and "?[2Jx" in written and "[/]" in written and "?id" in written
+
+
+def test_html_pages_escape_questions_and_answers():
+    question = Question("1", 1, "<script>alert(1)</script>", (), "<b>no</b>", "<i>cat</i>", ())
+    html = _render_card(question, {"score": 0.0}, "<img src=x onerror=alert(1)>")
+    assert all(text not in html for text in ("<script>", "<img", "<i>", "<b>")) and "&lt;script&gt;" in html

@@ -15,6 +15,7 @@ from tinyllava.config import PARTS
 from tinyllava.eval.results import RESULTS
 from tinyllava.eval.run import hash_checkpoint
 from tinyllava.model.vlm import VLM
+from tinyllava.secrets import hide_secrets
 
 PLAIN = """```python
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -74,7 +75,7 @@ def make_model_card(vlm: VLM, run: Mapping[str, Any], scores: Mapping[str, Any],
         head = ("stage", "data", "trained", "samples per step", "learning rate")
         details = (
             "<details><summary>the recipe</summary>",
-            f"```yaml\n{run['recipe_yaml'].strip()}\n```",
+            f"```yaml\n{hide_secrets(run['recipe_yaml']).strip()}\n```",
             "</details>",
         )
         versions = ", ".join(f"{package} {version}" for package, version in run["versions"].items())
