@@ -57,7 +57,7 @@ def shorten_error(error: Exception) -> str:
         return "it has no tokenizer.json, and transformers cannot make one of its other files"
     if "trust_remote_code" in text or "custom code" in text:
         return (
-            "it brings Python code of its own (`auto_map`), which is never run. Use a model whose architecture"
+            "it contains custom code (`auto_map`), which is never run. Use a model whose architecture"
             " transformers has, or import a class of your own that registers it"
         )
     return text

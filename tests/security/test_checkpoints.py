@@ -130,4 +130,4 @@ def test_each_error_of_the_hub_says_what_it_is(cause, expected):
 
 def test_a_model_with_code_says_so():
     text = "The repository x contains custom code which must be executed. Please pass `trust_remote_code=True`."
-    assert "brings Python code of its own" in explain_hub_error(ValueError(text))
+    assert "contains custom code (`auto_map`)" in explain_hub_error(ValueError(text))
