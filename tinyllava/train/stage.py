@@ -37,6 +37,7 @@ from tinyllava.runs import FINAL, START, check_is_run, delete_run, find_last_che
 from tinyllava.train.arguments import make_arguments
 from tinyllava.train.callbacks import RunLog
 from tinyllava.train.checkpoints import CheckpointWriter
+from tinyllava.train.guards import check_images
 from tinyllava.train.precision import set_precision
 from tinyllava.train.record import RunRecord
 from tinyllava.train.sharding import check_sharding
@@ -129,7 +130,9 @@ def run_stage(
     facts = {"data": setup.dataset.sources, "validation": listed, "bad_samples": setup.dataset.bad_records.to_dict()}
     check_data_unchanged(name, before, facts)
     record.add_changes(name, before)
-    record.update_stage(name, **facts, tuned=[vars(part) for part in setup.parts])
+    trainer.longest_first = before.get("longest_first", last is None)
+    facts |= {"tuned": [vars(part) for part in setup.parts], "longest_first": trainer.longest_first}
+    record.update_stage(name, **facts)
     for callback in follow(name, setup, output) if follow else ():
         trainer.add_callback(callback)
 
@@ -139,8 +142,8 @@ def run_stage(
 
     logger.info("stage %s: saving %s", name, output / FINAL)
     trainer.save_final(output / FINAL)
-    steps, skipped = trainer.state.global_step, len(trainer.skipped)
-    record.update_stage(name, finished=True, steps=steps, skipped_in_training=skipped)
+    counts = {"skipped_in_training": len(trainer.skipped), "skipped_steps": len(trainer.losses.skipped_steps)}
+    record.update_stage(name, finished=True, steps=trainer.state.global_step, **counts)
 
 
 def prepare_stage(
@@ -167,6 +170,7 @@ def prepare_stage(
 
     logger.info("stage %s: reading %s", name, ", ".join(spec.path for spec in stage.data))
     dataset, validation = read_data(recipe, stage, vlm)
+    check_images(name, dataset, parts)
     return StageSetup(stage, vlm, parts, dataset, validation, args, files)
 
 
