@@ -37,6 +37,7 @@ from tinyllava.runs import FINAL, START, check_is_run, delete_run, find_last_che
 from tinyllava.train.arguments import make_arguments
 from tinyllava.train.callbacks import RunLog
 from tinyllava.train.checkpoints import CheckpointWriter
+from tinyllava.train.estimate import explain_out_of_memory
 from tinyllava.train.guards import check_images
 from tinyllava.train.precision import set_precision
 from tinyllava.train.record import RunRecord
@@ -138,7 +139,8 @@ def run_stage(
 
     samples = "streamed data" if isinstance(setup.dataset, StreamingDataset) else f"{len(setup.dataset):,} samples"
     logger.info("stage %s: %s", name, f"resuming from {last.name}" if last else f"training on {samples}")
-    trainer.train(resume_from_checkpoint=str(last) if last else None)
+    with explain_out_of_memory(name, setup.vlm.model, setup.dataset, setup.args):
+        trainer.train(resume_from_checkpoint=str(last) if last else None)
 
     logger.info("stage %s: saving %s", name, output / FINAL)
     trainer.save_final(output / FINAL)
