@@ -35,7 +35,7 @@ class ShapedForward(nn.Module):
         model, embeddings = self.model, self.model.get_input_embeddings()(ids)
         if pixels is not None:
             features = torch.cat([*model.model.get_image_features(pixels, grids).pooler_output])
-            mask = torch.ones_like(embeddings, dtype=torch.bool)
+            mask = torch.ones(*embeddings.shape[:2], 1, dtype=torch.bool).expand_as(embeddings)
             embeddings = embeddings.masked_scatter(mask, features.to(embeddings.dtype))
         hidden = model.model.language_model(inputs_embeds=embeddings, use_cache=False).last_hidden_state
         logits = model.compute_logits(hidden.flatten(0, 1)[: min(supervised, LOSS_CHUNK)]).float()
@@ -127,8 +127,16 @@ def explain_out_of_memory(
         yield
         return
     except (RuntimeError, MemoryError, OSError) as error:
-        if not is_out_of_memory(error):
+        worker = "DataLoader worker" in str(error)
+        if not worker and not is_out_of_memory(error):
             raise
+        reason = str(error).splitlines()[0]
+    # Outside of `except`: there, the traceback would hold all tensors of the step.
+    if worker:
+        raise UserError(
+            f"a process that reads data died: {reason} The memory of the machine or of /dev/shm may be used up: lower"
+            f" dataloader_num_workers (now {args.dataloader_num_workers}). Earlier checkpoints are intact."
+        )
     raise UserError(describe_shortage(name, model, dataset, args))
 
 

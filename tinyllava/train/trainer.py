@@ -90,7 +90,10 @@ class Trainer(transformers.Trainer):
         args, workers = self.args, self.args.dataloader_num_workers
         shape = (self.stage.global_batch_size, args.per_device_train_batch_size, args.world_size)
         kwargs = {"persistent_workers": workers > 0, "prefetch_factor": args.dataloader_prefetch_factor}
-        kwargs |= {"num_workers": workers, "pin_memory": args.dataloader_pin_memory and torch.cuda.is_available()}
+        kwargs |= {
+            "num_workers": workers,
+            "pin_memory": args.dataloader_pin_memory and args.device.type not in ("cpu", "mps"),
+        }
         kwargs |= {"multiprocessing_context": args.dataloader_multiprocessing_context if workers else None}
         if isinstance(self.dataset, StreamingDataset):
             stream = PlannedStream(self.dataset, *shape, args.process_index, self.data_collator)
