@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import transformers
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import TrainingArguments
@@ -231,6 +232,7 @@ class Trainer(transformers.Trainer):
     def _finalize_training(self, *args: Any) -> TrainOutput:
         """Load the best weights, if asked. HF would load other files, and delete all other checkpoints."""
         self.losses.finish(self.state)
+        self.skipped = set(gather_object([*self.skipped]))
         self.part_guard.finish()
         best = Path(self.args.output_dir) / f"checkpoint-{self.state.best_global_step}"
         self.state.best_model_checkpoint = None
@@ -255,6 +257,7 @@ class Trainer(transformers.Trainer):
         """Save HF's checkpoint beside its place and rename it: a kill or a full disk damages no earlier checkpoint."""
         self.losses.check(self.state)
         self.part_guard.check_finite()
+        self.skipped = set(gather_object([*self.skipped]))
         final = self._get_checkpoint_path()
         self.partial = atomic.partial_path(final)
         with atomic.write_directory(final) if self.args.should_save else nullcontext():
