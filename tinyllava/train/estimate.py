@@ -107,12 +107,18 @@ def measure_weights(model: TinyLlavaForConditionalGeneration) -> Weights:
     parts = (model.model.vision_tower, model.model.language_model)
     layers = [part.get_submodule(name) for part in parts for name in find_blocks(part)]
     return Weights(
-        stored=sum(weight.nbytes for weight in weights),
+        stored=sum(map(count_bytes, weights)),
         count=sum(map(count_weights, weights)),
         trained=sum(weight.numel() for weight in trained),
         trained_stored=sum(weight.nbytes for weight in trained),
         largest=max((sum(map(count_weights, layer.parameters())) for layer in layers), default=0),
     )
+
+
+def count_bytes(weight: nn.Parameter) -> int:
+    """The bytes of a weight. Packed into 4 bits it has 4.127 bits with its scales (arXiv 2305.14314, section 3)."""
+    is_packed = type(weight).__name__ == "Params4bit"  # also on the meta device, where it is not packed yet
+    return int(count_weights(weight) * 4.127 / 8) if is_packed else weight.nbytes
 
 
 @contextmanager

@@ -27,7 +27,7 @@ ZERO_STEPS = 5
 EXPERT = re.compile(r"\.experts\.\d+\.")  # an expert that no token was sent to has no gradient in that step
 
 
-def check_images(name: str, dataset: SupervisedDataset | StreamingDataset, parts: Sequence[TunedPart]) -> None:
+def require_images(name: str, dataset: SupervisedDataset | StreamingDataset, parts: Sequence[TunedPart]) -> None:
     """Raise UserError if vision tower or connector are trained on data without a single image."""
     trained = [part for part in parts if part.trainable and part.part != "llm"]
     if trained and isinstance(dataset, SupervisedDataset) and not dataset.has_images:
@@ -96,7 +96,7 @@ class PartGuard(TrainerCallback):
 
     def refuse(self, part: str, what: str, names: Iterable[str]) -> None:
         """Raise the UserError about a part that does not train."""
-        listed = list_names([name for name in names if find_part(name) == part])
+        listed = join_names([name for name in names if find_part(name) == part])
         raise UserError(
             f"the {PART_TITLES[part]} is trained, but has {what}: {listed}. Its forward must use every trained"
             f" parameter without detach() or no_grad(). Or set `tune: {{{part}: frozen}}`."
@@ -108,7 +108,7 @@ class PartGuard(TrainerCallback):
         changed = [name for name, checksum in self.checksums.items() if now.get(name) != checksum]
         if changed:
             raise UserError(
-                f"the {PART_TITLES[find_part(changed[0])]} has frozen weights that changed: {list_names(changed)}."
+                f"the {PART_TITLES[find_part(changed[0])]} has frozen weights that changed: {join_names(changed)}."
                 " Remove the code that writes to them, or train the part. No checkpoint was written of this state."
             )
 
@@ -117,7 +117,7 @@ class PartGuard(TrainerCallback):
         broken = [name for name, weight in self.trained.items() if not get_shard(weight).isfinite().all()]
         if broken:
             raise UserError(
-                f"weights of the {PART_TITLES[find_part(broken[0])]} are not numbers: {list_names(broken)}. Lower the"
+                f"weights of the {PART_TITLES[find_part(broken[0])]} are not numbers: {join_names(broken)}. Lower the"
                 " learning rate. Earlier checkpoints are intact."
             )
 
@@ -135,7 +135,7 @@ class PartGuard(TrainerCallback):
             self.hooks.pop().remove()
 
 
-def list_names(names: Sequence[str], most: int = 3) -> str:
+def join_names(names: Sequence[str], most: int = 3) -> str:
     """The first names, and how many more there are."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 

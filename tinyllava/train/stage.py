@@ -38,7 +38,7 @@ from tinyllava.train.arguments import make_arguments
 from tinyllava.train.callbacks import RunLog
 from tinyllava.train.checkpoints import CheckpointWriter
 from tinyllava.train.estimate import explain_out_of_memory
-from tinyllava.train.guards import check_images
+from tinyllava.train.guards import require_images
 from tinyllava.train.precision import set_precision
 from tinyllava.train.record import RunRecord
 from tinyllava.train.sharding import check_sharding
@@ -172,7 +172,7 @@ def prepare_stage(
 
     logger.info("stage %s: reading %s", name, ", ".join(spec.path for spec in stage.data))
     dataset, validation = read_data(recipe, stage, vlm)
-    check_images(name, dataset, parts)
+    require_images(name, dataset, parts)
     return StageSetup(stage, vlm, parts, dataset, validation, args, files)
 
 

@@ -179,8 +179,6 @@ class Trainer(transformers.Trainer):
                 logs[f"lr/{group['part']}"] = logs["learning_rate"] * ratio
         super().log(logs, start_time)
 
-    # -- resuming ------------------------------------------------------------------------------------------------------
-
     def _init_training_state(self, max_steps: int, *args: Any) -> tuple[int, int]:
         start = super()._init_training_state(max_steps, *args)
         # HF takes the intervals of logs, saves and evaluations from the checkpoint. They may change at a resume.
@@ -196,10 +194,7 @@ class Trainer(transformers.Trainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Mean loss per supervised token of the validation data.
-
-        It does not depend on the batch size or the number of devices.
-        """
+        """Mean loss per supervised token of the validation data, whatever the batch size and the devices."""
         args, model = self.args, self.model
         micro, world = args.per_device_eval_batch_size, args.world_size
         batches = PlannedBatches(Plan(self.eval_dataset.lengths, micro * world, micro, world), args.process_index)
@@ -220,8 +215,6 @@ class Trainer(transformers.Trainer):
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
-
-    # -- the best weights ----------------------------------------------------------------------------------------------
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         """Whether the loss is the lowest so far. Its weights are saved at once, whatever save_steps is."""
