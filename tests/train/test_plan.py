@@ -93,3 +93,30 @@ def test_a_batch_that_cannot_be_shared_is_refused() -> None:
         Plan(LENGTHS, 10, 4, 2)
     with pytest.raises(UserError, match="no samples"):
         Plan([], 4, 4)
+
+
+@pytest.mark.parametrize("size", [4, 32, 100, 200])
+@pytest.mark.parametrize("seed", range(4))
+def test_the_longest_samples_of_the_first_epoch_come_first(size: int, seed: int) -> None:
+    plan, before = Plan(LENGTHS, size, 4, seed=seed, longest_first=True), Plan(LENGTHS, size, 4, seed=seed)
+    assert sorted(plan.shuffle(0)) == list(range(len(LENGTHS)))
+    steps = [LENGTHS[get_step(plan, 0, step)].max() for step in range(count_steps(plan))]
+    assert steps[0] == LENGTHS.max()
+    if len(LENGTHS) >= 2 * size:
+        assert steps[1] == max(steps[1:])
+    # Only whole steps change places, and two samples where the longest ones were in the incomplete last step.
+    old = {frozenset(get_step(before, 0, step)) for step in range(count_steps(plan))}
+    new = {frozenset(get_step(plan, 0, step)) for step in range(count_steps(plan))}
+    assert len(old - new) <= 3
+    np.testing.assert_array_equal(plan.shuffle(1), before.shuffle(1))
+    longest = [entry.sample for entry in next(plan.iterate_epoch(0))]
+    assert LENGTHS[longest].max() == LENGTHS.max()  # also the first micro-batch of the step
+
+
+def test_the_longest_sample_comes_first_on_some_rank_and_an_order_is_kept() -> None:
+    plan = Plan(LENGTHS, 32, 4, 4, seed=1, longest_first=True)
+    first = [LENGTHS[list_samples([next(plan.iterate_epoch(0, rank))])].max() for rank in range(4)]
+    assert max(first) == LENGTHS.max()
+    order = list(range(203))
+    assert Plan(LENGTHS, 32, 4, order=order, longest_first=True).shuffle(0).tolist() == order
+    assert sorted(Plan(LENGTHS[:20], 32, 4, longest_first=True).shuffle(0)) == list(range(20))  # less than a step

@@ -27,6 +27,7 @@ from tinyllava.data.streaming import StreamingDataset
 from tinyllava.data.template import image_token_id
 from tinyllava.data.tiles import count_image_tokens
 from tinyllava.engines import list_lines
+from tinyllava.train.estimate import estimate_stage
 from tinyllava.train.plan import Plan
 from tinyllava.train.stage import StageSetup, check_stages, prepare_stage
 
@@ -47,6 +48,7 @@ def look_at_recipe(recipe: Recipe, console: Console) -> None:
             batch = list(islice(setup.dataset, SAMPLES))
         else:
             batch = look_at_data(setup, console)
+        show_memory(setup, console)
         for item in batch[:SAMPLES]:
             show_sample(setup, item, console)
         if len(batch) > SAMPLES:
@@ -70,7 +72,7 @@ def look_at_data(setup: StageSetup, console: Console) -> list[dict[str, Any]]:
     """Print counts, lengths, padding and steps of a stage's data; returns the samples of the first micro-batch."""
     dataset, args = setup.dataset, setup.args
     micro, batch_size = args.per_device_train_batch_size, setup.stage.global_batch_size
-    plan = Plan(dataset.lengths, batch_size, micro, args.world_size, seed=args.data_seed)
+    plan = Plan(dataset.lengths, batch_size, micro, args.world_size, seed=args.data_seed, longest_first=True)
     for source in dataset.sources:
         counts = f"{source['samples']:,} samples from {source['usable']:,} usable of {source['records']:,} records"
         console.print(f"{source['path']}: {counts}", highlight=False, markup=False)
@@ -96,6 +98,15 @@ def look_at_data(setup: StageSetup, console: Console) -> list[dict[str, Any]]:
     console.print(Padding(draw_histogram(dataset.lengths, width=min(40, console.width - 24)), (0, 2)), highlight=False)
     dataset.draft = None  # decode images at full size, because their sizes are shown
     return [dataset[entry.sample] for entry in next(plan.iterate_epoch(0))]
+
+
+def show_memory(setup: StageSetup, console: Console) -> None:
+    """Print how much memory the stage needs on each device, if the model runs on shapes alone."""
+    try:
+        memory = str(estimate_stage(setup.vlm.model, setup.dataset, setup.args))
+    except RuntimeError:  # shapes that depend on data, as in a connector of the user's own
+        memory = "not known: the shapes in this model depend on data"
+    console.print(f"{'memory':>16}  {memory}", highlight=False)
 
 
 def measure_padding(plan: Plan) -> float:

@@ -17,6 +17,7 @@ from typing import Any
 import datasets
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from PIL import Image
 
@@ -78,6 +79,12 @@ class SupervisedDataset(torch.utils.data.Dataset):
     @cached_property
     def supervised(self) -> np.ndarray:
         return read_column(self.rows, "supervised")[self.index]
+
+    @property
+    def has_images(self) -> bool:
+        """Whether any sample has an image."""
+        counts = pc.list_value_length(self.rows.data.column("images")).to_numpy()
+        return bool(counts[self.index].any())
 
     @cached_property
     def ids(self) -> list[str]:

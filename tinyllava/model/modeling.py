@@ -131,10 +131,16 @@ class TinyLlavaModel(llava.LlavaModel):
         return torch.cat([tokens.flatten(0, 1), separator.to(tokens.dtype)])[order].split(list(map(len, orders)))
 
     def train(self, mode: bool = True) -> "TinyLlavaModel":
-        """Set the mode, but keep a frozen tower in eval mode: DINOv3 rescales its positions at random in training."""
+        """Set the mode, but keep a frozen tower, connector or BatchNorm in eval mode.
+
+        DINOv3 rescales its positions at random in training. A BatchNorm under an adapter would change its statistics,
+        and a checkpoint has those of the base weights.
+        """
         super().train(mode)
-        if not any(parameter.requires_grad for parameter in self.vision_tower.parameters()):
-            self.vision_tower.eval()
+        norms = [each for each in self.modules() if isinstance(each, nn.modules.batchnorm._BatchNorm) and each.affine]
+        for module in (self.vision_tower, self.multi_modal_projector, *norms):
+            if not any(parameter.requires_grad for parameter in module.parameters()):
+                module.eval()
         return self
 
     def make_idle_features(self) -> Tensor:

@@ -43,7 +43,7 @@ def make_arguments(recipe: Recipe, name: str, output: Path) -> TrainingArguments
         "eval_strategy": "no" if stage.validation is None else "steps",
         "per_device_eval_batch_size": micro,
         "dataloader_num_workers": max(1, min(8, (os.cpu_count() or 1) // world)),
-        "use_cpu": not torch.cuda.is_available() and not torch.backends.mps.is_available(),
+        "use_cpu": not torch.accelerator.is_available(),
     }
     for key, value in {"data_seed": recipe.seed, "metric_for_best_model": "loss" if compares else None}.items():
         options[key] = value if options.get(key) is None else options[key]

@@ -52,11 +52,15 @@ class RunLog(TrainerCallback):
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
         """Append one line."""
+        self.add_line(state, kwargs["logs"])
+
+    def add_line(self, state: TrainerState, values: dict[str, Any]) -> None:
+        """Append a line with these values, and the step and the time."""
         if not state.is_world_process_zero:
             return
         line = {"step": state.global_step, "epoch": round(state.epoch or 0.0, 4)}
         line |= {"time": round(time.perf_counter() + self.offset, 2)}
-        line |= {key: _to_json_number(value) for key, value in kwargs["logs"].items() if key not in line}
+        line |= {key: _to_json_number(value) for key, value in values.items() if key == "step" or key not in line}
         self.lines.append(line)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")

@@ -3,8 +3,9 @@
     samples --shuffle--> optimiser steps of `global_batch_size` --by length--> micro-batches --by cost--> ranks
 
 The samples of a step depend only on the data, `global_batch_size`, seed, epoch and step number. Accumulation, padding,
-grouping and the number of devices do not change them, and a run resumes at the index of a step. Pure numpy.
-tests/train/test_plan.py is the specification.
+grouping and the number of devices do not change them, and a run resumes at the index of a step. The first two steps
+hold the longest samples: a run that needs too much memory fails then, not hours later. (The second step is the first
+one with the optimiser's states.) Pure numpy. tests/train/test_plan.py is the specification.
 """
 
 from collections.abc import Iterator, Sequence
@@ -33,7 +34,7 @@ class Plan:
 
     lengths: positions of each sample after image expansion. A micro-batch holds samples of similar length; every rank
     has the same number of micro-batches. order: a list of sample indices that replaces the shuffle, for parity runs and
-    debugging.
+    debugging. longest_first: whether the longest samples of the first epoch come first, if no order is given.
     """
 
     lengths: Sequence[int] | np.ndarray
@@ -42,6 +43,7 @@ class Plan:
     world_size: int = 1
     seed: int = 0
     order: Sequence[int] | None = None
+    longest_first: bool = False
 
     def __post_init__(self) -> None:
         self.accumulation, rest = divmod(self.global_batch_size, self.world_size * self.micro_batch_size)
@@ -66,10 +68,9 @@ class Plan:
             return np.asarray(self.order)
         rng = np.random.default_rng((self.seed, epoch))
         shuffled, size = rng.permutation(len(self.lengths)), self.global_batch_size
-        window = WINDOW // size * size
+        window, exchanged = WINDOW // size * size, []
         if window <= size:
-            return shuffled
-        exchanged = []
+            return self.move_longest(shuffled) if self.longest_first and not epoch else shuffled
         for start in range(0, len(shuffled), window):
             near = shuffled[start : start + window]
             # By length, then by index, so that the order never depends on the sorting algorithm.
@@ -77,7 +78,25 @@ class Plan:
             whole = len(near) // size * size
             steps = near[:whole].reshape(-1, size)
             exchanged += [steps[rng.permutation(len(steps))].ravel(), near[whole:]]
-        return np.concatenate(exchanged)
+        order = np.concatenate(exchanged)
+        return self.move_longest(order) if self.longest_first and not epoch else order
+
+    def move_longest(self, order: np.ndarray) -> np.ndarray:
+        """The order in which the longest sample is in step 0, and the longest of the other steps in step 1.
+
+        Whole steps change places. If the sample is in the incomplete last step, it first changes places with the
+        longest sample of the whole steps: a short step would not show the memory of a full one.
+        """
+        size, order = self.global_batch_size, order.copy()
+        for step in range(min(2, len(order) // size)):
+            later, first = self.lengths[order][step * size :], step * size
+            whole = len(later) // size * size
+            longest, other = first + int(later.argmax()), first + int(later[:whole].argmax())
+            order[[longest, other]] = order[[other, longest]]
+            moved = np.arange(size) + other // size * size
+            place = np.arange(size) + first
+            order[place], order[moved] = order[moved], order[place]
+        return order
 
     def split_step(self, samples: np.ndarray) -> list[list[list[Entry]]]:
         """The samples of a step as [rank][micro-batch][entry].

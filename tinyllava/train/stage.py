@@ -37,6 +37,8 @@ from tinyllava.runs import FINAL, START, check_is_run, delete_run, find_last_che
 from tinyllava.train.arguments import make_arguments
 from tinyllava.train.callbacks import RunLog
 from tinyllava.train.checkpoints import CheckpointWriter
+from tinyllava.train.estimate import explain_out_of_memory
+from tinyllava.train.guards import require_images
 from tinyllava.train.precision import set_precision
 from tinyllava.train.record import RunRecord
 from tinyllava.train.sharding import check_sharding
@@ -129,18 +131,21 @@ def run_stage(
     facts = {"data": setup.dataset.sources, "validation": listed, "bad_samples": setup.dataset.bad_records.to_dict()}
     check_data_unchanged(name, before, facts)
     record.add_changes(name, before)
-    record.update_stage(name, **facts, tuned=[vars(part) for part in setup.parts])
+    trainer.longest_first = before.get("longest_first", last is None)
+    facts |= {"tuned": [vars(part) for part in setup.parts], "longest_first": trainer.longest_first}
+    record.update_stage(name, **facts)
     for callback in follow(name, setup, output) if follow else ():
         trainer.add_callback(callback)
 
     samples = "streamed data" if isinstance(setup.dataset, StreamingDataset) else f"{len(setup.dataset):,} samples"
     logger.info("stage %s: %s", name, f"resuming from {last.name}" if last else f"training on {samples}")
-    trainer.train(resume_from_checkpoint=str(last) if last else None)
+    with explain_out_of_memory(name, setup.vlm.model, setup.dataset, setup.args):
+        trainer.train(resume_from_checkpoint=str(last) if last else None)
 
     logger.info("stage %s: saving %s", name, output / FINAL)
     trainer.save_final(output / FINAL)
-    steps, skipped = trainer.state.global_step, len(trainer.skipped)
-    record.update_stage(name, finished=True, steps=steps, skipped_in_training=skipped)
+    counts = {"skipped_in_training": len(trainer.skipped), "skipped_steps": len(trainer.losses.skipped_steps)}
+    record.update_stage(name, finished=True, steps=trainer.state.global_step, **counts)
 
 
 def prepare_stage(
@@ -167,6 +172,7 @@ def prepare_stage(
 
     logger.info("stage %s: reading %s", name, ", ".join(spec.path for spec in stage.data))
     dataset, validation = read_data(recipe, stage, vlm)
+    require_images(name, dataset, parts)
     return StageSetup(stage, vlm, parts, dataset, validation, args, files)
 
 

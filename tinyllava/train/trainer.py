@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import transformers
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import TrainingArguments
@@ -28,11 +29,12 @@ from tinyllava.data.collate import Collator
 from tinyllava.data.dataset import SupervisedDataset
 from tinyllava.data.labels import IGNORE
 from tinyllava.data.streaming import StreamingDataset
-from tinyllava.errors import UserError
 from tinyllava.model.vlm import VLM
 from tinyllava.runs import has_stopped_early, make_room, rotate_checkpoints
 from tinyllava.train.batching import PlannedBatches, PlannedDataset, PlannedLoader, PlannedStream
 from tinyllava.train.checkpoints import CheckpointWriter
+from tinyllava.train.guards import PartGuard
+from tinyllava.train.losses import LossGuard
 from tinyllava.train.plan import Plan
 from tinyllava.train.tune import find_layer_classes, make_parameter_groups
 
@@ -44,8 +46,8 @@ logger = logging.getLogger("tinyllava")
 class Trainer(transformers.Trainer):
     """HF Trainer over a plan.
 
-    stage: its `tune` gives each part its learning rate. writer: writes whole checkpoints. order: fixes the order of
-    samples.
+    stage: its `tune` gives each part its learning rate. writer: writes whole checkpoints. callbacks: first the RunLog.
+    order: fixes the order of samples.
     """
 
     def __init__(
@@ -62,6 +64,9 @@ class Trainer(transformers.Trainer):
         self.stage, self.dataset, self.writer, self.order = stage, dataset, writer, order
         self.waited = 0.0  # seconds spent waiting for data since the last log
         self.skipped: set[int] = set()  # samples whose images could not be read
+        self.is_idle = False  # whether the current step is skipped, because no image of it could be read
+        self.longest_first = True  # but a run that an earlier version began keeps its order
+        self.losses, self.part_guard = LossGuard(dataset, vlm.model, callbacks[0], args.fp16), PartGuard()
         self.logged_at: float | None = None
         self.partial: Path | None = None  # where a checkpoint is being written
         self.final_step: int | None = None  # of the best weights, once they are loaded
@@ -74,7 +79,7 @@ class Trainer(transformers.Trainer):
             train_dataset=dataset,
             eval_dataset=validation,
             data_collator=Collator(vlm.tokenizer.pad_token_id),
-            callbacks=callbacks,
+            callbacks=[*callbacks, self.part_guard],
         )
         self.remove_callback(PrinterCallback)  # it would print every log
         self.label_smoother = None  # the model smooths, where it computes the loss; HF's would not shift the labels
@@ -86,59 +91,65 @@ class Trainer(transformers.Trainer):
         args, workers = self.args, self.args.dataloader_num_workers
         shape = (self.stage.global_batch_size, args.per_device_train_batch_size, args.world_size)
         kwargs = {"persistent_workers": workers > 0, "prefetch_factor": args.dataloader_prefetch_factor}
-        kwargs |= {"num_workers": workers, "pin_memory": args.dataloader_pin_memory and torch.cuda.is_available()}
+        kwargs |= {
+            "num_workers": workers,
+            "pin_memory": args.dataloader_pin_memory and args.device.type not in ("cpu", "mps"),
+        }
         kwargs |= {"multiprocessing_context": args.dataloader_multiprocessing_context if workers else None}
         if isinstance(self.dataset, StreamingDataset):
             stream = PlannedStream(self.dataset, *shape, args.process_index, self.data_collator)
             return DataLoader(stream, batch_size=None, **{**kwargs, "num_workers": min(1, workers)})
-        plan = Plan(self.dataset.lengths, *shape, seed=args.data_seed, order=self.order)
-        batches = PlannedBatches(plan, args.process_index)
-        dataset = PlannedDataset(self.dataset)
-        return PlannedLoader(dataset, batch_sampler=batches, collate_fn=self.data_collator, **kwargs)
+        seed, lengths = args.data_seed, self.dataset.lengths
+        plan = Plan(lengths, *shape, seed=seed, order=self.order, longest_first=self.longest_first)
+        kwargs |= {"batch_sampler": PlannedBatches(plan, args.process_index), "collate_fn": self.data_collator}
+        return PlannedLoader(PlannedDataset(self.dataset), **kwargs)
 
     def num_examples(self, dataloader: DataLoader) -> int:
         """Samples in an epoch, for HF's log."""
         return len(self.dataset)
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
-        """The micro-batches of one step, and its number of supervised tokens.
-
-        Raises UserError when nothing is supervised.
-        """
+        """The micro-batches of one step, and its number of supervised tokens. Raises UserError if it has none."""
+        if self.args.device.type == "cpu" or self.losses.is_full:
+            self.losses.check(self.state)
         start = time.perf_counter()
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         self.waited += time.perf_counter() - start
-        if batches and num_items is not None and int(num_items) == 0:
-            ids = self._list_ids(torch.cat([batch["index"] for batch in batches]))
-            raise UserError(
-                f"step {self.state.global_step + 1} has no supervised token (samples {ids}). Check the template."
-            )
+        # On a GPU, reading the sum over all ranks would wait for the device: only a rank without tokens reads it.
+        tokens = sum(int((batch["labels"][:, 1:] != IGNORE).sum()) for batch in batches)
+        self.is_idle = bool(batches) and not tokens and int(num_items) == 0
+        if self.is_idle:
+            self.losses.skip(self.state.global_step + 1, batches)
         return batches, num_items
 
     # -- steps ---------------------------------------------------------------------------------------------------------
 
     def training_step(self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Any = None) -> Tensor:
-        """One micro-batch. Raises UserError with the step and the samples when the loss is not a number."""
+        """One micro-batch. In a step that is skipped it computes nothing, and the optimiser does nothing."""
         index, skipped = inputs.pop("index"), inputs.pop("skipped", None)
         if skipped is not None:
             self.skipped |= set(index[skipped].tolist())
+        if self.is_idle:
+            self.accelerator.gradient_state._set_sync_gradients(False)
+            return torch.zeros((), device=self.args.device)
+        self.part_guard.has_images |= "pixel_values" in inputs
         inputs["label_smoothing"] = self.args.label_smoothing_factor  # only here: validation shows the plain loss
         loss = super().training_step(model, inputs, num_items_in_batch)
-        if not torch.isfinite(loss):
-            is_half = any(p.dtype == torch.float16 for p in model.parameters() if p.requires_grad)
-            remedy = ", or train in bf16 instead of fp16" if self.args.fp16 else ""
-            remedy = ", or remove `model.dtype: float16`" if is_half and not remedy else remedy
-            raise UserError(
-                f"the loss of step {self.state.global_step + 1} is {loss.item()} (samples {self._list_ids(index)})."
-                f" Lower the learning rate{remedy}. Earlier checkpoints are intact."
-            )
+        self.losses.add(self.state.global_step + 1, loss, index.tolist())
         return loss
 
-    def _list_ids(self, index: Tensor, most: int = 8) -> str:
-        """The ids of the first `most` samples, or their numbers in a stream."""
-        ids = None if isinstance(self.dataset, StreamingDataset) else self.dataset.ids  # a stream keeps no ids
-        names = [str(sample if ids is None else ids[sample]) for sample in index.tolist()]
-        return ", ".join(names[:most]) + (" ..." if len(names) > most else "")
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
+        """The loss. Raises UserError if it does not depend on anything that is trained."""
+        loss = super().compute_loss(model, inputs, *args, **kwargs)
+        if not loss.requires_grad:
+            self.part_guard.check_reached(self.state.global_step + 1)
+        return loss
+
+    def _clip_grad_norm(self, model: nn.Module) -> Tensor:
+        return torch.zeros(()) if self.is_idle else super()._clip_grad_norm(model)
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        return super()._get_grad_norm(model, torch.zeros(()) if self.is_idle else grad_norm)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """HF's choice of optimiser, over a parameter group for each part."""
@@ -154,6 +165,8 @@ class Trainer(transformers.Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """HF's log, with each part's learning rate and the share of time spent waiting for data."""
         if "loss" in logs:
+            self.losses.check(self.state)
+            self.losses.correct_mean(logs, self.state.global_step)
             now = time.perf_counter()
             if self.logged_at is not None and now > self.logged_at:
                 logs["data_wait"] = round(self.waited / (now - self.logged_at), 4)
@@ -166,12 +179,11 @@ class Trainer(transformers.Trainer):
                 logs[f"lr/{group['part']}"] = logs["learning_rate"] * ratio
         super().log(logs, start_time)
 
-    # -- resuming ------------------------------------------------------------------------------------------------------
-
     def _init_training_state(self, max_steps: int, *args: Any) -> tuple[int, int]:
         start = super()._init_training_state(max_steps, *args)
         # HF takes the intervals of logs, saves and evaluations from the checkpoint. They may change at a resume.
         self.state.compute_steps(self.args, max_steps)
+        self.losses.logged = self.state.global_step
         # A run that was killed after its last step, but before `final`: HF would train one step more.
         is_over = self.state.global_step >= max_steps or has_stopped_early(self.state)
         return (sys.maxsize, 0) if is_over else start
@@ -182,10 +194,7 @@ class Trainer(transformers.Trainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Mean loss per supervised token of the validation data.
-
-        It does not depend on the batch size or the number of devices.
-        """
+        """Mean loss per supervised token of the validation data, whatever the batch size and the devices."""
         args, model = self.args, self.model
         micro, world = args.per_device_eval_batch_size, args.world_size
         batches = PlannedBatches(Plan(self.eval_dataset.lengths, micro * world, micro, world), args.process_index)
@@ -207,8 +216,6 @@ class Trainer(transformers.Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    # -- the best weights ----------------------------------------------------------------------------------------------
-
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         """Whether the loss is the lowest so far. Its weights are saved at once, whatever save_steps is."""
         is_best = super()._determine_best_metric(metrics, trial)
@@ -217,6 +224,9 @@ class Trainer(transformers.Trainer):
 
     def _finalize_training(self, *args: Any) -> TrainOutput:
         """Load the best weights, if asked. HF would load other files, and delete all other checkpoints."""
+        self.losses.finish(self.state)
+        self.skipped = set(gather_object([*self.skipped]))
+        self.part_guard.finish()
         best = Path(self.args.output_dir) / f"checkpoint-{self.state.best_global_step}"
         self.state.best_model_checkpoint = None
         if self.args.load_best_model_at_end and not best.is_dir():
@@ -238,6 +248,9 @@ class Trainer(transformers.Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Save HF's checkpoint beside its place and rename it: a kill or a full disk damages no earlier checkpoint."""
+        self.losses.check(self.state)
+        self.part_guard.check_finite()
+        self.skipped = set(gather_object([*self.skipped]))
         final = self._get_checkpoint_path()
         self.partial = atomic.partial_path(final)
         with atomic.write_directory(final) if self.args.should_save else nullcontext():
