@@ -2,9 +2,15 @@
 
 import errno
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
 from tests.tiny_vlm import build_moved_vlm
 from tinyllava import atomic, checkpoint
@@ -96,6 +102,101 @@ def test_a_full_disk_is_named_with_its_directory_and_what_to_do(number: int, tmp
 def test_another_error_of_the_system_is_not_called_a_full_disk(tmp_path: Path) -> None:
     with pytest.raises(PermissionError), atomic.write_directory(tmp_path / "c"):
         fail_with(errno.EACCES)
+
+
+def test_the_error_of_another_library_is_recognised_as_a_full_disk(tmp_path: Path) -> None:
+    """/dev/full is a disk that is always full: the errors are the real ones."""
+    with (
+        pytest.raises(UserError, match=r"the disk is full: .*/c was not"),
+        atomic.write_directory(tmp_path / "c") as path,
+    ):
+        (path / "tokenizer.json").symlink_to("/dev/full")
+        Tokenizer(WordLevel({"a": 0}, "a")).save(str(path / "tokenizer.json"))
+    with pytest.raises(UserError, match="the disk is full: /dev/full was not written"):
+        atomic.append_text(Path("/dev/full"), "a line")
+
+
+def test_an_error_that_only_a_full_disk_explains_is_probed(tmp_path: Path) -> None:
+    """torch's writer raises a RuntimeError that does not say why."""
+    with pytest.raises(RuntimeError, match="unexpected pos"), atomic.write_directory(tmp_path / "c"):
+        raise RuntimeError("unexpected pos 64 vs 0")  # the disk has space: it is another error
+    assert atomic.has_space(tmp_path) and list_names(tmp_path) == []
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or not Path("/proc/mounts").exists(), reason="only root can mount a small disk")
+def test_a_small_disk_fills_up_while_weights_are_written(tmp_path: Path) -> None:
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", tmp_path], capture_output=True).returncode:
+        pytest.skip("this container cannot mount")
+    try:
+        atomic.write_text(tmp_path / "run.json", "old")
+        weight = torch.zeros(1 << 20)
+        for write in (lambda path: torch.save(weight, path), lambda path: save_file({"weight": weight}, path)):
+            with (
+                pytest.raises(UserError, match=r"the disk is full: .*/c was"),
+                atomic.write_directory(tmp_path / "c") as path,
+            ):
+                write(path / "weights")
+        with pytest.raises(UserError, match=r"^the disk is full: .*run\.json was not written"):
+            atomic.write_text(tmp_path / "run.json", "new" * (1 << 20))
+        assert (tmp_path / "run.json").read_text() == "old" and list_names(tmp_path) == ["run.json"]
+    finally:
+        subprocess.run(["umount", tmp_path], check=True)
+
+
+def test_a_place_that_cannot_be_written_is_named_with_the_reason(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("")
+    for place in (tmp_path / "folder", tmp_path / "file" / "a", Path("/proc/a"), tmp_path / ("a" * 300)):
+        with pytest.raises(UserError, match=r"^cannot write .*: \w.*\. Choose another place\.$"):
+            atomic.write_text(place, "text")
+        if place.name != "folder":
+            with pytest.raises(UserError, match="cannot write "), atomic.write_directory(place):
+                pytest.fail("it was written")
+    with pytest.raises(UserError, match="cannot write "):
+        atomic.append_text(tmp_path / "folder", "text")
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from tinyllava import atomic
+rename, left = Path.rename, int(sys.argv[2])
+def counted(path, target):
+    global left
+    if not left:
+        os.kill(os.getpid(), signal.SIGKILL)
+    left -= 1
+    return rename(path, target)
+Path.rename = counted
+with atomic.write_directory(Path(sys.argv[1])) as partial:
+    (partial / "new").touch()
+"""
+
+
+@pytest.mark.parametrize("renames", [0, 1])
+def test_a_kill_while_a_directory_is_exchanged_loses_nothing(renames: int, tmp_path: Path) -> None:
+    directory = tmp_path / "c"
+    directory.mkdir()
+    (directory / "old").touch()
+    done = subprocess.run([sys.executable, "-c", KILLED, directory, str(renames)])
+    assert done.returncode == -9 and directory.exists() == (renames == 0)
+    atomic.recover(directory)
+    assert list_names(directory) == ["old"]
+    with atomic.write_directory(directory) as partial:
+        (partial / "new").touch()
+    assert list_names(directory) == ["new"] and list_names(tmp_path) == ["c"]
+
+
+def test_what_was_replaced_is_deleted_when_the_new_content_has_the_name(tmp_path: Path) -> None:
+    for name in ("c", ".c.replaced"):  # a kill between the last rename and the deletion
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).touch()
+    atomic.recover(tmp_path / "c")
+    assert list_names(tmp_path) == ["c"] and list_names(tmp_path / "c") == ["c"]
+    (tmp_path / "link").symlink_to(tmp_path / "c")  # of the user: what it leads to stays
+    with atomic.write_directory(tmp_path / "link") as partial:
+        (partial / "new").touch()
+    assert list_names(tmp_path) == ["c", "link"] and list_names(tmp_path / "c") == ["c"]
 
 
 def test_a_full_disk_keeps_the_old_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,20 +3,22 @@
 torch and transformers are imported inside the functions, so that `--help` and `list` are fast.
 
 Exit codes: 0 success, 1 a check found problems (`data check`, `doctor`), 2 an error that the user can correct (one or
-two lines on stderr; `--debug` adds the traceback), 130 interrupted.
+two lines on stderr; `--debug` adds the traceback), 75 a signal stopped a run that the same command resumes, 130 Ctrl-C.
 """
 
 import errno
 import os
 import shlex
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from tinyllava.console import guard_tracebacks, is_main_process, messages, output, show_error, show_log, show_traceback
-from tinyllava.errors import UserError
+from tinyllava.errors import Interrupted, UserError
+from tinyllava.interrupt import RESTART, catch_signals
 
 app = typer.Typer(
     help="Build, train, evaluate and chat with small vision-language models.",
@@ -69,26 +71,9 @@ def train(
     data: DataRoot = None,
 ) -> None:
     """Train all stages of a recipe, then evaluate on the benchmarks in its `eval` list. Run it again to resume."""
-    from tinyllava.config import load_recipe
+    from tinyllava.commands.train import train_and_score
 
-    loaded, name = load_recipe(recipe, overrides), Path(recipe).stem
-    from tinyllava.commands.evaluate import ask_and_score, check_tasks
-
-    tasks = check_tasks(loaded.eval, data)
-    from tinyllava.commands.follow import follow_stage
-    from tinyllava.train import stage
-
-    run_dir = output_dir or Path("runs") / name
-    final = stage.run(loaded, name, run_dir, overwrite=overwrite, follow=follow_stage)
-    if not is_main_process():
-        return
-    if tasks:
-        ask_and_score(final, tasks, data, run_dir)
-    output.print(f"\nchat     tinyllava chat {shlex.quote(str(run_dir))}", highlight=False, soft_wrap=True)
-    output.print(f"weights  {final}", highlight=False, soft_wrap=True)
-    from tinyllava.commands.engines import show_engines
-
-    show_engines(final, output)
+    train_and_score(recipe, overrides, output_dir, overwrite, data)
 
 
 @app.command("look")
@@ -270,8 +255,12 @@ def main(arguments: list[str] | None = None) -> None:
 
 def run_command(arguments: list[str], debug: bool) -> int:
     """Run one command and return its exit code."""
+    reason, resumes = "", arguments[:1] in (["train"], ["eval"])
     try:
-        code = app(arguments, prog_name="tinyllava", standalone_mode=False) or 0
+        with catch_signals() if resumes else nullcontext():
+            code = app(arguments, prog_name="tinyllava", standalone_mode=False) or 0
+    except Interrupted as error:
+        reason, code = str(error), error.code
     except typer.TyperException as error:  # a wrong command, option or value
         if text := error.format_message():  # empty if help was shown
             show_error(text)
@@ -288,11 +277,13 @@ def run_command(arguments: list[str], debug: bool) -> int:
         remedy = " It must be a directory. Choose another one." if not_a_directory else ""
         show_error(f"{error.strerror}: {error.filename or 'while writing'}.{remedy}")
         code = 2
-    if code == 130:  # what typer returns after Ctrl-C
+    if code == 130 and not reason:  # what typer returns after Ctrl-C
+        reason = "interrupted."
+    if reason and is_main_process():
         # Without --overwrite, which would delete what there is to resume.
         again = shlex.join(["tinyllava", *(argument for argument in arguments if argument != "--overwrite")])
-        hint = f" To resume: {again}" if arguments[:1] in (["train"], ["eval"]) else ""
-        messages.print(f"\ninterrupted.{hint}", highlight=False, markup=False, soft_wrap=True)
+        hint = f" To resume: {again}" if resumes and code in (RESTART, 130) else ""
+        messages.print(f"\n{reason}{hint}", highlight=False, markup=False, soft_wrap=True)
     return code
 
 

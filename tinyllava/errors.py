@@ -1,8 +1,23 @@
-"""The error that is written for the user: what was found, what was expected, and what to do.
+"""The errors that are written for the user: what was found, what was expected, and what to do.
 
-`tinyllava` shows its message without a traceback (`--debug` shows both) and exits with code 2.
+`tinyllava` shows the message of a UserError without a traceback (`--debug` shows both) and exits with code 2.
 """
 
 
 class UserError(Exception):
     """A name, a value, a file or a sample is wrong. The message has one or two lines and says what to do."""
+
+
+class Interrupted(SystemExit):
+    """A signal stopped the run. The message says what is saved; `code` is the exit code.
+
+    75 (EX_TEMPFAIL): the same command resumes, so a scheduler can start it again. 130: Ctrl-C. Otherwise 128 + the
+    number of the signal: it cannot be resumed. As a SystemExit, it ends a script that does not catch it with this code.
+    """
+
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(code)
+        self.message = message
+
+    def __str__(self) -> str:
+        return self.message

@@ -9,6 +9,7 @@ never deleted: users copy, rename and link checkpoints.
 
 import json
 import logging
+import os
 import re
 import shutil
 import zipfile
@@ -25,6 +26,8 @@ from tinyllava.files import check_safetensors
 
 logger = logging.getLogger("tinyllava")
 RUN, RECIPE, RESULTS = "run.json", "recipe.yaml", ("results.json", "eval")
+LOCK = ".lock"  # held while the run trains (see locks.py)
+REPLACED = ".replaced"  # what --overwrite replaces, until the new run has saved a checkpoint
 RECORD = "tinyllava.json"  # of a checkpoint
 METRICS, CURVE, START, FINAL, TENSORBOARD = "metrics.jsonl", "curve.png", "start", "final", "runs"
 NUMBERED = re.compile(r"checkpoint-([1-9][0-9]*)")
@@ -35,6 +38,16 @@ REMEDY = "Choose another --output, or start again with --overwrite."
 
 
 # -- checkpoints -------------------------------------------------------------------------------------------------------
+
+
+def check_stage_name(name: str) -> str:
+    """`name`, if it can be the folder of a stage. Raises ValueError if it is a path, hidden, or a name of ours."""
+    if not re.fullmatch(r"\w[\w.+= -]{0,99}", name) or name in {RUN, RECIPE, *RESULTS}:
+        raise ValueError(
+            "the name of a stage is the name of its folder: use letters, digits, and `_`, `-`, `.`, and not the name of"
+            f" a file of the run ({', '.join((RUN, RECIPE, *RESULTS))})"
+        )
+    return name
 
 
 def list_checkpoints(stage: Path) -> list[Path]:
@@ -163,8 +176,9 @@ def rotate_checkpoints(newest: Path, limit: int | None, best: str | None = None)
     """Delete the oldest checkpoints of a stage beyond `limit`, but not `newest`, and not the one with the name `best`.
 
     Later checkpoints than `newest` stay: they were skipped at the last resume. HF's own function would delete copies
-    such as `checkpoint-2-keep`.
+    such as `checkpoint-2-keep`. The run that --overwrite has replaced is deleted too.
     """
+    discard_replaced(newest.parent.parent)
     ours = [path for path in list_checkpoints(newest.parent) if is_ours(path) and get_step(path) <= get_step(newest)]
     old = [path for path in ours if path.name not in (newest.name, best)]
     surplus = min(len(old), len(ours) - limit) if limit and limit > 0 else 0
@@ -218,24 +232,69 @@ def read_stage_names(directory: Path) -> list[str]:
 
 def check_is_run(directory: Path) -> None:
     """Raise UserError if a directory has content, but not that of a run."""
-    if directory.exists() and not (directory / RUN).is_file() and any(directory.iterdir()):
+    if not directory.exists() or (directory / RUN).is_file():
+        return
+    if any(path.name not in (LOCK, REPLACED) for path in directory.iterdir()):
         raise UserError(
             f"{directory} is not a run: it has no {RUN}. --overwrite deletes only runs. Choose another --output."
         )
 
 
-def delete_run(directory: Path) -> None:
-    """Delete what a run wrote into a directory. Everything else stays, such as copies of checkpoints."""
+def list_written(directory: Path) -> list[Path]:
+    """What a run wrote into a directory. Everything else is the user's, such as copies of checkpoints."""
     recorded = read_json_or_empty(directory / RUN).get("stages")
     stages = {run["stage"] for run in read_begun_stages(directory)} | set(
         recorded if isinstance(recorded, dict) else ()
     )
+    written: list[Path] = []
     for stage in (folder for folder in directory.glob("*/") if folder.name in stages):
-        checkpoints = [path for path in (*list_checkpoints(stage), stage / FINAL, stage / START) if is_ours(path)]
-        logs = [stage / name for name in (METRICS, CURVE, TENSORBOARD)]
-        for path in (*checkpoints, *logs, *stage.glob(".*.partial")):
+        written += [path for path in (*list_checkpoints(stage), stage / FINAL, stage / START) if is_ours(path)]
+        written += [stage / name for name in (METRICS, CURVE, TENSORBOARD)] + list_leftovers(stage)
+    written += [directory / name for name in (RECIPE, *RESULTS, RUN)]  # RUN is the last: it completes what is moved
+    return [path for path in written if os.path.lexists(path)]
+
+
+def list_leftovers(stage: Path) -> list[Path]:
+    """What a process that was killed left of the files and checkpoints of a stage that it was writing."""
+    names = {*(f".{name}.partial" for name in (METRICS, CURVE, START, FINAL))}
+    hidden = re.compile(rf"\.({NUMBERED.pattern}|{START}|{FINAL})\.(partial|replaced)")
+    return [path for path in stage.glob(".*") if path.name in names or hidden.fullmatch(path.name)]
+
+
+def clear_leftovers(directory: Path) -> None:
+    """Delete what a process that was killed had not finished, and give what it was replacing its name back."""
+    for path in (path for stage in directory.glob("*/") for path in list_leftovers(stage)):
+        if path.name.endswith(".replaced"):
+            atomic.recover(path.with_name(path.name[1:].removesuffix(".replaced")))
+        else:
             atomic.remove(path)
+
+
+def set_run_aside(directory: Path) -> None:
+    """Move what a run wrote into REPLACED. Everything else stays.
+
+    If a whole run is there already, the last start with --overwrite failed before its first checkpoint. The old run
+    then stays there, and what the failed start wrote is deleted.
+    """
+    aside, written = directory / REPLACED, list_written(directory)
+    if (aside / RUN).is_file() and not any(is_ours(path) for path in written):
+        for path in written:
+            atomic.remove(path)
+    elif written:
+        if (aside / RUN).is_file():
+            atomic.remove(aside)
+        for path in written:
+            target = aside / path.relative_to(directory)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            atomic.remove(target)
+            path.rename(target)
+    if aside.is_dir():
+        logger.info("the old run is in %s until the new one has saved a checkpoint", aside)
+    for stage in {path.parent for path in written} - {directory}:
         with suppress(OSError):  # something else is left in it
             stage.rmdir()
-    for name in (RECIPE, *RESULTS, RUN):
-        atomic.remove(directory / name)
+
+
+def discard_replaced(directory: Path) -> None:
+    """Delete the run that --overwrite has replaced: the new one has saved a checkpoint."""
+    atomic.remove(directory / REPLACED)

@@ -2,7 +2,9 @@
 
 import json
 import logging
+import os
 import shutil
+import time
 from collections.abc import Callable
 from dataclasses import fields
 from itertools import islice
@@ -11,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 from transformers import TrainerState, TrainingArguments
 
 from tests.train.test_stage import load_weights, read_losses
@@ -20,6 +23,7 @@ from tinyllava.config import Recipe
 from tinyllava.errors import UserError
 from tinyllava.identity import EXECUTION, JUDGED, check_data_unchanged
 from tinyllava.infer.find import find_checkpoint
+from tinyllava.locks import lock_run
 from tinyllava.runs import (
     find_last_checkpoint,
     has_stopped_early,
@@ -528,8 +532,55 @@ def test_overwriting_deletes_only_a_run(whole: Path, pictures: Path, tmp_path: P
     with pytest.raises(UserError, match=r"gone\.json not found"):  # everything is checked first
         stage.run(change(pictures, set_data(path="gone.json")), "tiny", run, overwrite=True)
     assert checkpoint.is_whole(run / "finetune" / "final")
+
+    def fail(*_: Any) -> None:
+        raise ZeroDivisionError
+
     other = change(pictures, set_trainer(max_steps=1, save_strategy="no"), lambda content: content.update(seed=7))
-    stage.run(other, "tiny", run, overwrite=True)
+    for _ in range(2):  # before the first checkpoint, also when it is tried again
+        with pytest.raises(ZeroDivisionError):
+            stage.run(other, "tiny", run, overwrite=True, follow=fail)
+        aside = run / ".replaced"
+        assert checkpoint.is_whole(aside / "finetune" / "final") and read_losses(aside) == read_losses(whole)
+        assert len(list_checkpoints(aside / "finetune")) == len(list_checkpoints(whole / "finetune"))
+    stage.run(other, "tiny", run)
     assert sorted(read_losses(run)) == [1]
-    assert list_checkpoints(run / "finetune") == [] and (run / "notes.txt").is_file()
+    assert list_checkpoints(run / "finetune") == [] and (run / "notes.txt").is_file() and not aside.exists()
     assert checkpoint.is_whole(run / "finetune" / "checkpoint-2-keep")
+
+
+def test_what_a_kill_left_unfinished_is_cleared_and_what_it_replaced_comes_back(killed: Path, pictures: Path) -> None:
+    folder = killed / "finetune"
+    (folder / "checkpoint-4").rename(folder / ".checkpoint-4.replaced")
+    shutil.copytree(folder / "checkpoint-2", folder / ".checkpoint-2.replaced")
+    for name in (".checkpoint-4.partial", ".final.partial", ".mine.partial"):
+        (folder / name).mkdir()
+    (folder / ".metrics.jsonl.partial").touch()
+    with lock_run(killed):
+        pass
+    assert [path.name for path in list_checkpoints(folder)] == ["checkpoint-4", "checkpoint-2"]
+    assert [path.name for path in folder.glob(".*")] == [".mine.partial"]
+
+
+@pytest.mark.parametrize(
+    "name", ["..", ".", "", "a/b", "/tmp/a", ".hidden", "a\\b", "eval", "run.json", "a" * 101, "a\n"]
+)
+def test_a_stage_is_a_folder_of_the_run(name: str, pictures: Path) -> None:
+    content = recipe(pictures, stages=("finetune",)).model_dump()
+    with pytest.raises(ValidationError, match="the name of a stage is the name of its folder"):
+        Recipe.model_validate({**content, "stages": {name: content["stages"]["finetune"]}})
+    for good in ("stage-2", "étape 2", "a.b_c"):
+        Recipe.model_validate({**content, "stages": {good: content["stages"]["finetune"]}})
+
+
+def test_files_that_a_loss_of_power_emptied_and_a_wrong_clock_stop_no_resume(
+    whole: Path, killed: Path, pictures: Path
+) -> None:
+    for name in ("run.json", "recipe.yaml", "finetune/metrics.jsonl", "finetune/checkpoint-4/trainer_state.json"):
+        truncate(killed / name, 0.0)
+    later = time.time() + 1e8
+    for path in (killed / "finetune" / "checkpoint-2").rglob("*"):
+        os.utime(path, (later, later))
+    stage.run(change(pictures), "tiny", killed)
+    expected = {step: loss for step, loss in read_losses(whole).items() if step > 2}  # the log before it is lost
+    assert read_losses(killed) == pytest.approx(expected, rel=1e-6)

@@ -5,9 +5,10 @@ import json
 from typing import Annotated, Any, Literal
 
 from omegaconf import OmegaConf
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from tinyllava.factory import Factory
+from tinyllava.runs import check_stage_name
 from tinyllava.secrets import mask_settings
 
 PARTS = ("vision_tower", "connector", "llm")
@@ -216,7 +217,7 @@ class Recipe(StrictModel):
     """A whole training run. `eval` names the benchmarks that are scored after the last stage."""
 
     model: ModelSpec
-    stages: dict[str, Stage] = Field(min_length=1)
+    stages: dict[Annotated[str, AfterValidator(check_stage_name)], Stage] = Field(min_length=1)
     eval: list[str] = []
     seed: int = Field(42, ge=0, lt=2**32)
 

@@ -1,4 +1,4 @@
-"""Log a run while it trains, in `metrics.jsonl`.
+"""What accompanies a stage while it trains: its log, and the signals that stop it.
 
 A line of runs/quickstart/finetune/metrics.jsonl:
 
@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import CallbackHandler
 
 from tinyllava import atomic
+from tinyllava.interrupt import StopRequest
 from tinyllava.runs import METRICS
 
 
@@ -62,8 +64,43 @@ class RunLog(TrainerCallback):
         line |= {"time": round(time.perf_counter() + self.offset, 2)}
         line |= {key: _to_json_number(value) for key, value in values.items() if key == "step" or key not in line}
         self.lines.append(line)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        atomic.append_text(self.path, json.dumps(line) + "\n")
+
+
+class Stopper(TrainerCallback):
+    """Saves and stops at the end of the step in which a signal arrived at any rank. It must be the last callback.
+
+    A validation of this step comes first, because a resumed run begins with the next step. The last step of a stage is
+    not stopped.
+    """
+
+    def __init__(self, stop: StopRequest, callbacks: CallbackHandler) -> None:
+        self.stop, self.callbacks, self.waits = stop, callbacks, False
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        """Ask for a checkpoint. After the last step of an epoch, its validation may follow."""
+        self.waits = args.eval_strategy == "epoch" and state.epoch == int(state.epoch)
+        if self.is_due(args, state):
+            control.should_log = control.should_save = True
+
+    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        """Ask for a checkpoint after the validation of an epoch, or if the signal arrived during a validation."""
+        self.waits = False
+        control.should_save |= self.is_due(args, state)
+
+    on_evaluate = on_epoch_end
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        """Raise Interrupted."""
+        if self.is_due(args, state):
+            self.callbacks.on_train_end(args, state, control)  # close the progress bar and the trackers
+            saved = f"saved {args.output_dir}/checkpoint-{state.global_step} of {state.max_steps} steps"
+            lacks = ", but without the optimiser, because of `save_only_model: true`. It cannot be resumed from"
+            raise self.stop.make_error(saved + lacks * args.save_only_model, not args.save_only_model)
+
+    def is_due(self, args: TrainingArguments, state: TrainerState) -> bool:
+        """Whether to stop after this step. All ranks call it together, and get the same answer."""
+        return self.stop.agree(args.device) and not self.waits and state.global_step < state.max_steps
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

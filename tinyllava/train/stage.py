@@ -32,10 +32,13 @@ from tinyllava.data.streaming import StreamingDataset
 from tinyllava.data.template import Template
 from tinyllava.errors import UserError
 from tinyllava.identity import check_data_unchanged, check_moved_data
+from tinyllava.interrupt import catch_signals
+from tinyllava.locks import lock_run
 from tinyllava.model.vlm import VLM
-from tinyllava.runs import FINAL, START, check_is_run, delete_run, find_last_checkpoint, read_run
+from tinyllava.runs import FINAL, START, check_is_run, find_last_checkpoint, read_run, set_run_aside
+from tinyllava.trackers import make_run_id, track_as
 from tinyllava.train.arguments import make_arguments
-from tinyllava.train.callbacks import RunLog
+from tinyllava.train.callbacks import RunLog, Stopper
 from tinyllava.train.checkpoints import CheckpointWriter
 from tinyllava.train.estimate import explain_out_of_memory
 from tinyllava.train.guards import require_images
@@ -72,24 +75,26 @@ Follow = Callable[[str, StageSetup, Path], Sequence[TrainerCallback]]
 def run(recipe: Recipe, name: str, output: Path, overwrite: bool = False, follow: Follow | None = None) -> Path:
     """Train all stages of `recipe` in the directory `output` and return the last stage's final checkpoint.
 
-    Resumes an interrupted run and skips finished stages. Raises UserError when `output` holds another recipe's run.
+    Resumes an interrupted run and skips finished stages. Raises UserError when `output` holds another recipe's run, or
+    another process trains in it, and Interrupted when a signal (SIGTERM, SIGUSR1, SIGHUP, Ctrl-C) stopped the run.
     """
-    if overwrite:
-        start_over(recipe, output)
-    record = RunRecord(output, recipe, name)
-    check_stages(recipe, [stage for stage in recipe.stages if not is_whole(output / stage / FINAL)])
-    previous: Path | None = None
-    for stage, settings in recipe.stages.items():
-        final = output / stage / FINAL
-        if is_whole(final):
-            check_moved_data(stage, settings.data, record.content["stages"][stage].get("data", ()), open_source)
-            logger.info("stage %s: already finished", stage)
-        else:
-            run_stage(recipe, stage, previous, output / stage, record, follow)
-        previous = final
-    record.add_changes(stage, {"step": record.content["stages"][stage].get("steps")})
-    record.write()
-    return final
+    with catch_signals(), lock_run(output):
+        if overwrite:
+            start_over(recipe, output)
+        record = RunRecord(output, recipe, name)
+        check_stages(recipe, [stage for stage in recipe.stages if not is_whole(output / stage / FINAL)])
+        previous: Path | None = None
+        for stage, settings in recipe.stages.items():
+            final = output / stage / FINAL
+            if is_whole(final):
+                check_moved_data(stage, settings.data, record.content["stages"][stage].get("data", ()), open_source)
+                logger.info("stage %s: already finished", stage)
+            else:
+                run_stage(recipe, stage, previous, output / stage, record, follow)
+            previous = final
+        record.add_changes(stage, {"step": record.content["stages"][stage].get("steps")})
+        record.write()
+        return final
 
 
 def check_stages(recipe: Recipe, names: Iterable[str], trains: bool = True) -> None:
@@ -107,14 +112,14 @@ def check_stages(recipe: Recipe, names: Iterable[str], trains: bool = True) -> N
 
 
 def start_over(recipe: Recipe, output: Path) -> None:
-    """Delete the run in `output`, after the recipe and the data of the new one were read without an error."""
+    """Set the run in `output` aside, after the recipe and the data of the new one were read without an error."""
     check_is_run(output)
-    logger.info("checking the new run, before the old one in %s is deleted", output)
+    logger.info("checking the new run, before it replaces the old one in %s", output)
     for name in recipe.stages:
         prepare_stage(recipe, name, empty=True)
-    PartialState().wait_for_everyone()  # no process reads the old run while the main process deletes it
+    PartialState().wait_for_everyone()  # no process reads the old run while the main process moves it
     if is_main_process():
-        delete_run(output)
+        set_run_aside(output)
     PartialState().wait_for_everyone()
 
 
@@ -132,20 +137,24 @@ def run_stage(
     check_data_unchanged(name, before, facts)
     record.add_changes(name, before)
     trainer.longest_first = before.get("longest_first", last is None)
-    facts |= {"tuned": [vars(part) for part in setup.parts], "longest_first": trainer.longest_first}
+    run_id = before.get("run_id") or make_run_id(name)
+    facts |= {"tuned": [vars(part) for part in setup.parts], "longest_first": trainer.longest_first, "run_id": run_id}
     record.update_stage(name, **facts)
     for callback in follow(name, setup, output) if follow else ():
         trainer.add_callback(callback)
 
     samples = "streamed data" if isinstance(setup.dataset, StreamingDataset) else f"{len(setup.dataset):,} samples"
     logger.info("stage %s: %s", name, f"resuming from {last.name}" if last else f"training on {samples}")
-    with explain_out_of_memory(name, setup.vlm.model, setup.dataset, setup.args):
-        trainer.train(resume_from_checkpoint=str(last) if last else None)
+    running = explain_out_of_memory(name, setup.vlm.model, setup.dataset, setup.args)
+    with catch_signals() as stop, stop.defer(), track_as(run_id, trainer, before.get("step", 0)):
+        trainer.add_callback(Stopper(stop, trainer.callback_handler))
+        with running:
+            trainer.train(resume_from_checkpoint=str(last) if last else None)
 
-    logger.info("stage %s: saving %s", name, output / FINAL)
-    trainer.save_final(output / FINAL)
-    counts = {"skipped_in_training": len(trainer.skipped), "skipped_steps": len(trainer.losses.skipped_steps)}
-    record.update_stage(name, finished=True, steps=trainer.state.global_step, **counts)
+        logger.info("stage %s: saving %s", name, output / FINAL)
+        trainer.save_final(output / FINAL)
+        counts = {"skipped_in_training": len(trainer.skipped), "skipped_steps": len(trainer.losses.skipped_steps)}
+        record.update_stage(name, finished=True, steps=trainer.state.global_step, **counts)
 
 
 def prepare_stage(

@@ -29,6 +29,7 @@ from tinyllava.data.collate import Collator
 from tinyllava.data.dataset import SupervisedDataset
 from tinyllava.data.labels import IGNORE
 from tinyllava.data.streaming import StreamingDataset
+from tinyllava.interrupt import shield_worker
 from tinyllava.model.vlm import VLM
 from tinyllava.runs import has_stopped_early, make_room, rotate_checkpoints
 from tinyllava.train.batching import PlannedBatches, PlannedDataset, PlannedLoader, PlannedStream
@@ -90,11 +91,9 @@ class Trainer(transformers.Trainer):
         """The planned micro-batches of this rank. accelerate must not prepare them: it would shard them again."""
         args, workers = self.args, self.args.dataloader_num_workers
         shape = (self.stage.global_batch_size, args.per_device_train_batch_size, args.world_size)
-        kwargs = {"persistent_workers": workers > 0, "prefetch_factor": args.dataloader_prefetch_factor}
-        kwargs |= {
-            "num_workers": workers,
-            "pin_memory": args.dataloader_pin_memory and args.device.type not in ("cpu", "mps"),
-        }
+        kwargs = {"persistent_workers": workers > 0, "num_workers": workers, "worker_init_fn": shield_worker}
+        kwargs |= {"pin_memory": args.dataloader_pin_memory and args.device.type not in ("cpu", "mps")}
+        kwargs |= {"prefetch_factor": args.dataloader_prefetch_factor}
         kwargs |= {"multiprocessing_context": args.dataloader_multiprocessing_context if workers else None}
         if isinstance(self.dataset, StreamingDataset):
             stream = PlannedStream(self.dataset, *shape, args.process_index, self.data_collator)
@@ -220,7 +219,7 @@ class Trainer(transformers.Trainer):
         """Whether the loss is the lowest so far. Its weights are saved at once, whatever save_steps is."""
         is_best = super()._determine_best_metric(metrics, trial)
         self.control.should_save |= is_best and self.args.load_best_model_at_end
-        return is_best
+        return is_best or self.control.should_save  # with `save_strategy: best`, a signal can ask for a save too
 
     def _finalize_training(self, *args: Any) -> TrainOutput:
         """Load the best weights, if asked. HF would load other files, and delete all other checkpoints."""
