@@ -5,7 +5,7 @@ Libraries answer such files with tracebacks of their own. Some say of a file tha
 
 import json
 import re
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from pickle import UnpicklingError
 from typing import Any
 
@@ -24,6 +24,8 @@ CHECKED += (
     "chat_template.*",
 )
 CHECKED += ("tokenizer.model", "pytorch_model*.bin", "adapter_model*.bin", "*.safetensors")
+# Files that libraries load with a model, also when its config does not name them.
+READ = (*(pattern for pattern in CHECKED if pattern != "*.safetensors"), "model*.safetensors", "adapter_model*")
 SHARD = re.compile(r"(.+)-\d+-of-\d+\.(safetensors|bin)")
 
 
@@ -86,6 +88,17 @@ def check_model_files(directory: Path) -> None:
             raise UserError(f"{directory} has shards of {whole}, but no {whole}.index.json. Copy that file too.")
 
 
+def find_read_files(directory: Path) -> list[Path]:
+    """The files in a directory that libraries load with a model because of their names alone."""
+    return sorted({path for pattern in READ for path in directory.glob(pattern)})
+
+
+def is_inside(name: str) -> bool:
+    """Whether a file's name, as a record or an index gives it, stays inside the directory that it is relative to."""
+    path = PureWindowsPath(name)  # it takes both kinds of slashes, and drives
+    return bool(path.parts) and not path.anchor and ".." not in path.parts
+
+
 def _check_content(path: Path, content: dict[str, Any]) -> None:
     if path.name == "config.json" and not isinstance(content.get("model_type"), str):
         raise UserError(f"{path} names no model_type: it is not the config of a model. Copy it again.")
@@ -96,6 +109,8 @@ def _check_content(path: Path, content: dict[str, Any]) -> None:
     files = content.get("weight_map")
     if not isinstance(files, dict) or not files:
         raise UserError(f"{path} names no files: it has no `weight_map`. Copy it again.")
+    if outside := sorted(name for name in set(map(str, files.values())) if not is_inside(name)):
+        raise UserError(f"{path} names files outside its directory, such as {outside[0]!r}. Download it again.")
     missing = sorted(name for name in set(map(str, files.values())) if not (path.parent / name).is_file())
     if missing:
         more = f" and {len(missing) - 3} more are" if len(missing) > 3 else " is" if len(missing) == 1 else " are"

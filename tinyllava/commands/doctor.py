@@ -12,14 +12,17 @@ from rich.console import Console
 from rich.table import Table
 
 from tinyllava.cache import find_cache_root
+from tinyllava.commands.verify import verify_checkpoints
 from tinyllava.provenance import get_versions
 
 DISTRIBUTION = "tinyllava-factory"
 GIB = 2**30
 
 
-def diagnose(console: Console) -> bool:
-    """Print facts about this machine and its known problems; returns whether there are no problems."""
+def diagnose(console: Console, checkpoint: str | None = None) -> bool:
+    """Print facts about this machine and its known problems, or about a checkpoint; returns whether all is well."""
+    if checkpoint is not None:
+        return verify_checkpoints(checkpoint, console)
     facts = Table(show_header=False, box=None)
     for name, fact in {**get_versions(), **list_devices(), **list_resources(), **list_extras()}.items():
         facts.add_row(name, fact)
