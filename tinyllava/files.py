@@ -5,6 +5,7 @@ Libraries answer such files with tracebacks of their own. Some say of a file tha
 
 import json
 import re
+from fnmatch import fnmatchcase
 from pathlib import Path, PureWindowsPath
 from pickle import UnpicklingError
 from typing import Any
@@ -90,13 +91,13 @@ def check_model_files(directory: Path) -> None:
 
 def find_read_files(directory: Path) -> list[Path]:
     """The files in a directory that libraries load with a model because of their names alone."""
-    return sorted({path for pattern in READ for path in directory.glob(pattern)})
+    return sorted(path for path in directory.iterdir() if any(fnmatchcase(path.name, pattern) for pattern in READ))
 
 
 def is_inside(name: str) -> bool:
     """Whether a file's name, as a record or an index gives it, stays inside the directory that it is relative to."""
     path = PureWindowsPath(name)  # it takes both kinds of slashes, and drives
-    return bool(path.parts) and not path.anchor and ".." not in path.parts
+    return name.isprintable() and bool(path.parts) and not path.anchor and ".." not in path.parts
 
 
 def _check_content(path: Path, content: dict[str, Any]) -> None:

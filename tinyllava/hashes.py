@@ -157,8 +157,9 @@ def list_damage(
         known |= set(files or {})
     for files in (record.get(name, {}) for name in lists):
         for name, recorded in files.items():
-            fault = compare(directory / name, recorded) if is_inside(name) else "is a path outside the checkpoint"
-            if fault:
+            if not is_inside(name):
+                yield f"{name!a} is a path outside the checkpoint"
+            elif fault := compare(directory / name, recorded):
                 yield f"{name} {fault}"
     for path in find_read_files(directory):
         if path.name not in known:

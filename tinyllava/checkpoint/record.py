@@ -58,12 +58,13 @@ def read_record(directory: Path) -> dict[str, Any] | None:
 def check_record(directory: Path) -> dict[str, Any]:
     """The record of a checkpoint or of an adapter. Raises UserError unless all its files are as they were saved."""
     record = read_json(directory / RECORD)
-    version, files, model = (record.get(name) for name in ("format", "files", "model"))
+    version = record.get("format")
+    has_form = all(isinstance(record.get(name, {}), dict) for name in ("files", "model", "template", "run"))
     if isinstance(version, int) and version > FORMAT:
         raise UserError(
             f"{directory} was written by a newer version of tinyllava (format {version}). Update tinyllava."
         )
-    if not version or not isinstance(files, dict) or "connector" not in (model or ()):
+    if version not in (1, FORMAT) or not has_form or "connector" not in record.get("model", ()):
         raise UserError(f"{directory / RECORD} is not the record of a checkpoint. Copy it again.")
     if damage := next(list_damage(directory, record), None):
         raise UserError(f"{directory} is damaged: {damage}. Use an earlier checkpoint, or copy it again.")

@@ -99,7 +99,7 @@ def _describe(directory: Path, record: Mapping[str, Any], damage: list[str]) -> 
 
 def list_others(directory: Path, recorded: Mapping[str, Any]) -> list[str]:
     """Files and folders in a checkpoint that its record does not list, without hidden ones and the model card."""
-    tops = {PurePath(name).parts[0] for name in recorded}
+    tops = {PurePath(name).parts[0] for name in recorded if PurePath(name).parts}
     names = (path.name + "/" * path.is_dir() for path in sorted(directory.iterdir()) if path.name not in tops)
     return [name for name in names if not name.startswith(".") and name not in (RECORD, *FOR_PEOPLE)]
 
