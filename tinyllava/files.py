@@ -32,6 +32,8 @@ SHARD = re.compile(r"(.+)-\d+-of-\d+\.(safetensors|bin)")
 
 def check_file(path: Path) -> None:
     """Raise UserError for a file that cannot be read, is empty, or is the Git LFS pointer to a file."""
+    if path.exists() and not path.is_file() and not path.is_dir():  # opening a pipe would wait for ever
+        raise UserError(f"cannot read {path}: it is a pipe or a device, expected a file. Copy it again.")
     try:
         with path.open("rb") as file:
             start = file.read(len(POINTER))

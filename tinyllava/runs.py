@@ -51,7 +51,7 @@ def get_step(checkpoint: Path) -> int:
 def read_json_or_empty(path: Path) -> dict[str, Any]:
     """The mapping in a JSON file; {} if it is missing or damaged. A loss of power can leave an empty file."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}  # a pipe would block
     except (OSError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}

@@ -49,6 +49,7 @@ DAMAGES: dict[str, Callable[[Path], None]] = {
     "a byte in the middle": lambda path: flip(path, 0.5),
     "last byte": lambda path: flip(path, 1.0),
     "a folder": lambda path: (path.unlink(), path.mkdir()),
+    "a pipe": lambda path: (path.unlink(), os.mkfifo(path)),
     "a link to nothing": lambda path: (path.unlink(), path.symlink_to("gone")),
 }
 
