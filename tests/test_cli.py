@@ -25,7 +25,7 @@ SURFACE = {  # growth is a decision: a new verb or option is added here, with a 
     "list": ["kind"],
     "data check": ["source", "--images"],
     "data prepare": ["names", "--root", "--check"],
-    "doctor": [],
+    "doctor": ["checkpoint"],
 }
 
 

@@ -235,11 +235,11 @@ def prepare_data(
 
 
 @app.command("doctor")
-def run_doctor() -> None:
-    """Show versions, devices, memory, disk and known problems. Exits with 1 if there is a problem."""
+def run_doctor(checkpoint: Annotated[str | None, typer.Argument(metavar="CHECKPOINT")] = None) -> None:
+    """Check this machine, or all files of CHECKPOINT against their hashes. Exits with 1 if there is a problem."""
     from tinyllava.commands.doctor import diagnose
 
-    if not diagnose(output):
+    if not diagnose(output, checkpoint):
         raise typer.Exit(1)
 
 

@@ -5,7 +5,8 @@ Libraries answer such files with tracebacks of their own. Some say of a file tha
 
 import json
 import re
-from pathlib import Path
+from fnmatch import fnmatchcase
+from pathlib import Path, PureWindowsPath
 from pickle import UnpicklingError
 from typing import Any
 
@@ -28,11 +29,15 @@ JSON_SIZE = 200_000_000  # bytes; the largest tokenizers have 35 MB
 HEADER_SIZE = 20_000_000  # bytes of a safetensors file before its weights; 1,000 weights take 0.1 MB
 LAYERS = 10_000  # the deepest models have about 100
 DEPTH = re.compile(r"(num_)?(hidden_|encoder_|decoder_)?layers?|n_layers?|depth")
+# Files that libraries load with a model, also when its config does not name them.
+READ = (*(pattern for pattern in CHECKED if pattern != "*.safetensors"), "model*.safetensors", "adapter_model*")
 SHARD = re.compile(r"(.+)-\d+-of-\d+\.(safetensors|bin)")
 
 
 def check_file(path: Path) -> None:
     """Raise UserError for a file that cannot be read, is empty, or is the Git LFS pointer to a file."""
+    if path.exists() and not path.is_file() and not path.is_dir():  # opening a pipe would wait for ever
+        raise UserError(f"cannot read {path}: it is a pipe or a device, expected a file. Copy it again.")
     try:
         with path.open("rb") as file:
             start = file.read(len(POINTER))
@@ -120,6 +125,17 @@ def check_model_files(directory: Path) -> None:
             raise UserError(f"{directory} has shards of {whole}, but no {whole}.index.json. Copy that file too.")
 
 
+def find_read_files(directory: Path) -> list[Path]:
+    """The files in a directory that libraries load with a model because of their names alone."""
+    return sorted(path for path in directory.iterdir() if any(fnmatchcase(path.name, pattern) for pattern in READ))
+
+
+def is_inside(name: str) -> bool:
+    """Whether a file's name, as a record or an index gives it, stays inside the directory that it is relative to."""
+    path = PureWindowsPath(name)  # it takes both kinds of slashes, and drives
+    return name.isprintable() and bool(path.parts) and not path.anchor and ".." not in path.parts
+
+
 def _check_content(path: Path, content: dict[str, Any]) -> None:
     if path.name == "config.json" and not isinstance(content.get("model_type"), str):
         raise UserError(f"{path} names no model_type: it is not the config of a model. Copy it again.")
@@ -133,7 +149,7 @@ def _check_content(path: Path, content: dict[str, Any]) -> None:
     if not isinstance(files, dict) or not files:
         raise UserError(f"{path} names no files: it has no `weight_map`. Copy it again.")
     names = sorted(set(map(str, files.values())))
-    if outside := [name for name in names if Path(name).name != name or name == ".." or "\\" in name]:
+    if outside := [name for name in names if not is_inside(name) or Path(name).name != name or "\\" in name]:
         raise UserError(f"{path} names {outside[0][:80]!r}, which is not a file beside it. Do not use this checkpoint.")
     missing = [name for name in names if not (path.parent / name).is_file()]
     if missing:

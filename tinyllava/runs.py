@@ -23,12 +23,12 @@ import yaml
 from tinyllava import atomic
 from tinyllava.errors import UserError
 from tinyllava.files import check_safetensors
+from tinyllava.hashes import RECORD, find_damage, list_damage
 
 logger = logging.getLogger("tinyllava")
 RUN, RECIPE, RESULTS = "run.json", "recipe.yaml", ("results.json", "eval")
 LOCK = ".lock"  # held while the run trains (see locks.py)
 REPLACED = ".replaced"  # what --overwrite replaces, until the new run has saved a checkpoint
-RECORD = "tinyllava.json"  # of a checkpoint
 METRICS, CURVE, START, FINAL, TENSORBOARD = "metrics.jsonl", "curve.png", "start", "final", "runs"
 NUMBERED = re.compile(r"checkpoint-([1-9][0-9]*)")
 # Where the optimiser's state is in a checkpoint, by the engine that wrote it.
@@ -64,7 +64,7 @@ def get_step(checkpoint: Path) -> int:
 def read_json_or_empty(path: Path) -> dict[str, Any]:
     """The mapping in a JSON file; {} if it is missing or damaged. A loss of power can leave an empty file."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}  # a pipe would block
     except (OSError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}
@@ -90,25 +90,15 @@ def make_room(checkpoint: Path) -> None:
         atomic.set_aside(checkpoint)
 
 
-def find_damage(directory: Path, sizes: Any) -> str | None:
-    """The first of some files that is missing or has another size; None if all are there."""
-    if not isinstance(sizes, dict):
-        return f"{RECORD} cannot be read"
-    for name, size in sizes.items():
-        actual = (directory / name).stat().st_size if (directory / name).is_file() else None
-        if actual != size:
-            return f"{name} is missing" if actual is None else f"{name} has {actual} bytes, expected {size}"
-    return None
-
-
 def find_resume_fault(checkpoint: Path, engine: str, world_size: int) -> str | None:
     """Why training cannot resume exactly from a checkpoint; None if it can.
 
     engine: the key of OPTIMIZER_FILES. world_size: the number of processes.
     """
     record = read_json_or_empty(checkpoint / RECORD)
-    damages = (find_damage(checkpoint, sizes) for sizes in (record.get("files"), record.get("training_state", {})))
-    if damage := next(filter(None, damages), None):
+    if not record:
+        return f"{RECORD} is {'damaged' if (checkpoint / RECORD).is_file() else 'missing'}"
+    if damage := next(list_damage(checkpoint, record, ("files", "training_state")), None):
         return damage
     states = [path.name for pattern in OPTIMIZER_FILES.values() for path in checkpoint.glob(pattern)]
     if not states:
@@ -138,7 +128,10 @@ def find_last_checkpoint(output: Path, engine: str, world_size: int) -> Path | N
     engine: the key of OPTIMIZER_FILES. Raises UserError if it has checkpoints, but none can be resumed from.
     """
     faults = []
-    for path in filter(is_ours, list_checkpoints(output)):
+    for path in list_checkpoints(output):
+        is_lost = not (path / RECORD).is_file() and (path / "trainer_state.json").is_file()  # its record was deleted
+        if not is_lost and not is_ours(path):
+            continue
         fault = find_resume_fault(path, engine, world_size)
         if fault is None:
             for skipped in faults:

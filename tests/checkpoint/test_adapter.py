@@ -15,6 +15,7 @@ from transformers import AutoModelForImageTextToText
 
 from tests.cli_tools import CommandResult, assert_refused, run_command_line  # noqa: F401  (the fixture `tinyllava`)
 from tests.conftest import LLAMA
+from tests.records import write_again
 from tests.tiny_vlm import build_moved_vlm, compute_logits
 from tinyllava import checkpoint
 from tinyllava.checkpoint import adapter, weight_files
@@ -90,6 +91,9 @@ def test_an_adapter_names_its_base_and_is_refused_on_another(
     checkpoint.save(vlm, tmp_path / "b")
     for name in (ADAPTER, "adapter_config.json"):
         shutil.copy(tmp_path / "a" / name, tmp_path / "b" / name)
+    with pytest.raises(UserError, match=r"b is damaged: adapter_config\.json is not in the record"):
+        checkpoint.load(tmp_path / "b")
+    write_again(tmp_path / "b")
     digests = adapter.hash_weights(weight_files.find_base_files(tmp_path / "b"))
     wanted, here = trained_on["llm"][:12], digests["llm"][:12]
     says = f"trained on vision_tower .*, llm {wanted}, but the directory holds vision_tower .*, llm {here} "
@@ -107,6 +111,7 @@ def test_one_changed_number_is_another_base(tmp_path: Path) -> None:
     weights = load_file(file)
     weights["language_model.model.norm.weight"][3] += 1e-6
     save_file(weights, file, metadata={"format": "pt"})
+    write_again(tmp_path)
     with pytest.raises(UserError, match=r"trained on llm \w{12}, but the directory holds llm \w{12} "):
         checkpoint.load(tmp_path)
 
@@ -142,5 +147,5 @@ def test_an_adapter_that_says_nothing_of_its_base_is_taken(pictures: Path, tmp_p
     vlm = build_moved_vlm(adapt_all_parts())
     checkpoint.save(vlm, tmp_path)
     save_file(load_file(tmp_path / ADAPTER), tmp_path / ADAPTER, metadata={"format": "pt"})
-    (tmp_path / checkpoint.RECORD).unlink()
+    write_again(tmp_path)
     checkpoint.load(tmp_path)

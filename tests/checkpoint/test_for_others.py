@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 import tinyllava
+from tests.records import write_earlier
 from tests.tiny_session import NEW, tiny_session
 from tests.tiny_vlm import build_moved_vlm
 from tinyllava import atomic, checkpoint
@@ -100,7 +101,7 @@ def test_files_of_older_versions_become_clean(tmp_path: Path) -> None:
     settings = json.loads(path.read_text())
     left = {"backend": "pil", "is_local": True, "local_files_only": False, "auto_map": {"AutoTokenizer": ["x.Y", None]}}
     path.write_text(json.dumps({**settings, **left, "padding_side": "right"}))
-    (tmp_path / "a" / "tinyllava.json").unlink()  # it knows the sizes
+    write_earlier(tmp_path / "a")
     vlm = checkpoint.load(tmp_path / "a")
     checkpoint.save(vlm, tmp_path / "b")
     assert json.loads((tmp_path / "b" / "tokenizer_config.json").read_text()) == settings

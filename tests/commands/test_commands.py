@@ -1,4 +1,4 @@
-"""The commands look, train, data check, chat, export and doctor on a tiny recipe."""
+"""The commands look, train, data check, chat and export on a tiny recipe."""
 
 import base64
 import io
@@ -152,21 +152,3 @@ def test_export_merges_the_adapter_and_overwrites_nothing(
     assert_refused(tinyllava("export", trained, "--to", "merged", "--output", merged), "exists already")
     assert_refused(tinyllava("export", merged, "--to", "merged", "--output", tmp_path / "x"), "no adapter")
     assert not (tmp_path / "x").exists()
-
-
-def test_doctor_finds_packages_that_do_not_work_together(
-    tinyllava: Callable[..., CommandResult], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import torch
-
-    well = tinyllava("doctor")
-    assert torch.__version__ in well.out and "transformers" in well.out and "GiB free" in well.out
-    assert well.code == 0 and "extra serve" in well.out
-    for name, version in (("timm", "1.0.31"), ("pillow", "13.0.0")):
-        folder = tmp_path / f"{name}-{version}.dist-info"
-        folder.mkdir()
-        (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
-    monkeypatch.syspath_prepend(str(tmp_path))
-    ill = tinyllava("doctor")
-    assert ill.code == 1
-    assert "timm without torchvision" in ill.out and "pillow 13.0.0 is installed, but" in ill.out and "<13" in ill.out

@@ -16,6 +16,7 @@ import torch
 from pydantic import ValidationError
 from transformers import TrainerState, TrainingArguments
 
+from tests.records import read, write_again, write_earlier
 from tests.train.test_stage import load_weights, read_losses
 from tests.train.tiny_run import recipe
 from tinyllava import checkpoint
@@ -380,17 +381,15 @@ def test_a_damaged_checkpoint_is_skipped_with_the_reason(
     """Records of earlier versions do not list the trainer's files."""
     newest = killed / "finetune" / "checkpoint-4"
     if earlier:
-        record = json.loads((newest / "tinyllava.json").read_text())
-        assert {"optimizer.pt", "trainer_state.json"} <= record.pop("training_state").keys()
-        (newest / "tinyllava.json").write_text(json.dumps(record))
+        assert {"optimizer.pt", "trainer_state.json"} <= read(newest)["training_state"].keys()
+        write_earlier(newest, "training_state")
     content = (newest / name).read_bytes()
     for damage in DAMAGES.values():
         damage(newest / name)
         caplog.clear()
         assert find_last_checkpoint(killed / "finetune", "plain", 1) == newest.with_name("checkpoint-2")
         RunRecord(killed, change(pictures), "tiny")
-        if name != "tinyllava.json" or newest.joinpath(name).exists():
-            assert "skipped checkpoint-4" in caplog.text and name in caplog.text
+        assert "skipped checkpoint-4" in caplog.text and name in caplog.text
         (newest / name).write_bytes(content)
     assert find_last_checkpoint(killed / "finetune", "plain", 1) == newest
 
@@ -410,9 +409,7 @@ def test_a_run_without_a_whole_checkpoint_is_refused_and_kept(killed: Path, pict
     for path in list_checkpoints(killed / "finetune"):
         for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):  # what `save_only_model: true` leaves out
             (path / name).unlink()
-        record = json.loads((path / "tinyllava.json").read_text())
-        del record["training_state"]
-        (path / "tinyllava.json").write_text(json.dumps(record))
+        write_earlier(path, "training_state")
     with pytest.raises(UserError, match=r"cannot resume.*optimizer\.pt is missing.*save_only_model.*checkpoint: DIR"):
         find_last_checkpoint(killed / "finetune", "plain", 1)
 
@@ -433,9 +430,7 @@ def test_an_optimiser_state_of_another_engine_is_not_left_out(killed: Path) -> N
     (newest / "global_step4").mkdir()
     for rank in range(2):
         shutil.copy(newest / "rng_state.pth", newest / "global_step4" / f"zero_pp_rank_{rank}_optim_states.pt")
-    record = json.loads((newest / "tinyllava.json").read_text())
-    record["training_state"] = {}
-    (newest / "tinyllava.json").write_text(json.dumps(record))
+    write_again(newest)
     shutil.rmtree(newest.with_name("checkpoint-2"))
     assert find_last_checkpoint(killed / "finetune", "deepspeed", 2) == newest
     with pytest.raises(UserError, match=r"of 2 processes, not 4\. Resume with 2"):

@@ -52,6 +52,7 @@ from tinyllava.model.image_processor import combine_image_fields, make_llava_ima
 from tinyllava.model.modeling import TinyLlavaForConditionalGeneration
 from tinyllava.model.processor import build_processor
 from tinyllava.model.vlm import VLM
+from tinyllava.runs import RECORD
 from tinyllava.vision_towers import find_family, import_tower
 from tinyllava.vision_towers.mof import MofConfig
 
@@ -89,7 +90,7 @@ class Legacy(NamedTuple):
 def is_legacy(directory: Path) -> bool:
     """Whether config.json is the original's or TinyLLaVABench's. The name of the directory does not matter."""
     path = directory / "config.json"
-    if not path.is_file():
+    if not path.is_file() or (directory / RECORD).exists():
         return False
     config = read_json(path)
     return config.get("model_type") == "tinyllava" or "mm_vision_tower" in config or "mm_projector_type" in config

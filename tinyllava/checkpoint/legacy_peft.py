@@ -3,7 +3,7 @@
     adapter_config.json  adapter_model.safetensors (or .bin)
 
 `base_model_name_or_path` in its config names the base. `tinyllava train` writes adapters beside their base, so that
-only adapters of other programs, such as TRL, look like this.
+only adapters of `export --to adapter`, and of other programs such as TRL, look like this.
 """
 
 import re
@@ -13,14 +13,16 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, HTTPError, LocalEntryNotFoundError
 from peft import PeftConfig
 
-from tinyllava.checkpoint.adapter import has_adapter
+from tinyllava.checkpoint.adapter import ADAPTER, check_base, has_adapter
 from tinyllava.checkpoint.legacy_weights import read_tensors
-from tinyllava.checkpoint.weight_files import list_misfits
+from tinyllava.checkpoint.record import check_record
+from tinyllava.checkpoint.weight_files import find_base_files, find_part_files, list_misfits
 from tinyllava.console import silence_transformers
 from tinyllava.errors import UserError
 from tinyllava.files import FAULTS, read_json, shorten_error
 from tinyllava.model.modeling import TinyLlavaForConditionalGeneration
 from tinyllava.model.parts import is_hub_reachable
+from tinyllava.runs import RECORD
 
 SETTINGS = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
@@ -29,7 +31,8 @@ REMEDY = f"Write the right directory into base_model_name_or_path of its {SETTIN
 
 def stands_alone(directory: Path) -> bool:
     """Whether a directory holds an adapter, and no model."""
-    return (directory / SETTINGS).is_file() and not (directory / "config.json").exists()
+    is_model = (directory / "config.json").exists() or any(find_part_files(directory).values())
+    return (directory / SETTINGS).is_file() and not is_model
 
 
 def check_adapter(directory: Path) -> None:
@@ -49,6 +52,8 @@ def find_base(directory: Path) -> Path:
     When base and adapter were moved or copied together, the base is the folder of that name beside the adapter.
     Raises UserError, with the places searched, when there is none.
     """
+    if (directory / RECORD).exists():  # `export --to adapter` wrote it
+        check_record(directory)
     check_adapter(directory)
     settings = read_json(directory / SETTINGS)
     name = settings.get("base_model_name_or_path")
@@ -70,13 +75,15 @@ def find_base(directory: Path) -> Path:
     raise UserError(f"the base of the adapter in {directory} is missing: '{name}'. Looked in {looked}. {REMEDY}")
 
 
-def add_adapter(model: TinyLlavaForConditionalGeneration, directory: Path) -> None:
-    """Put the adapter of a directory onto its base. Raises UserError unless all of its weights fit."""
+def add_adapter(model: TinyLlavaForConditionalGeneration, directory: Path, base: Path) -> None:
+    """Put the adapter of a directory onto the model of its base. Raises UserError unless all of its weights fit."""
     if has_adapter(model):
         raise UserError(
             f"the base of the adapter in {directory} has an adapter of its own. Merge that first:"
             f" tinyllava export BASE --to merged. {REMEDY}"
         )
+    if (directory / ADAPTER).is_file():
+        check_base(directory, find_base_files(base))
     state = read_tensors(directory, "adapter_model")
     if any("lm_head.lora_" in name for name in state):
         raise UserError(f"the adapter in {directory} adapts the LLM's output head. Merge it with peft first.")

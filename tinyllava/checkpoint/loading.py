@@ -51,8 +51,9 @@ def load(
         original = legacy.read_legacy(directory, **missing)
         vlm = legacy.complete_vlm(original, _load_model(directory, original.config, how, original.state))
     elif legacy_peft.stands_alone(directory):
-        vlm = load(legacy_peft.find_base(directory), dtype, attn_implementation, **missing)
-        legacy_peft.add_adapter(vlm.model, directory)
+        base = legacy_peft.find_base(directory)
+        vlm = load(base, dtype, attn_implementation, **missing)
+        legacy_peft.add_adapter(vlm.model, directory, base)
         _drop_copies(vlm.model)
     else:
         vlm = _load_vlm(directory, how, missing)

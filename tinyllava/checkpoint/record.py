@@ -1,39 +1,37 @@
-"""`tinyllava.json`, the record of a checkpoint: its model, the run that made it, and all files with their sizes."""
+"""`tinyllava.json`, the record of a checkpoint: its model, the run that made it, and all files with their hashes."""
 
-import json
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from tinyllava.checkpoint.weight_files import INDEX
+from tinyllava.checkpoint.weight_files import INDEX, find_part_files
 from tinyllava.errors import UserError
 from tinyllava.files import read_json
-from tinyllava.runs import RECORD, find_damage
+from tinyllava.hashes import hash_directory, list_damage, seal
+from tinyllava.runs import RECORD
 
+logger = logging.getLogger("tinyllava")
 WEIGHTS = ("model.safetensors", INDEX, "pytorch_model.bin", "pytorch_model.bin.index.json")
-FORMAT = 1  # of the record; reading a newer one raises an error
+FORMAT = 2  # of the record; reading a newer one raises an error. Format 1 has the sizes of files instead of hashes
 
 
-def write_record(directory: Path, record: Mapping[str, Any]) -> None:
-    """Write the record. It lists all files with their sizes, so it must be the last file that is written."""
-    _write({**record, "files": measure_files(directory)}, directory)
+def write_record(directory: Path, record: Mapping[str, Any], sources: Iterable[Path] = ()) -> None:
+    """Write the record. It lists all files with their hashes, so it must be the last file that is written.
+
+    sources: files of earlier checkpoints that can be linked here. Their hashes are known.
+    """
+    _write({**record, "files": hash_directory(directory, sources)}, directory)
 
 
 def add_training_state(directory: Path) -> None:
     """List the files that the trainer added to a checkpoint. They are needed to resume, but not to load the model."""
     record = read_json(directory / RECORD)
-    added = {name: size for name, size in measure_files(directory).items() if name not in record["files"]}
-    _write({**record, "training_state": added}, directory)
-
-
-def measure_files(directory: Path) -> dict[str, int]:
-    """{name: bytes} of all files in a checkpoint, without the record."""
-    paths = (path for path in sorted(directory.rglob("*")) if path.is_file() and path != directory / RECORD)
-    return {str(path.relative_to(directory)): path.stat().st_size for path in paths}
+    _write({**record, "training_state": hash_directory(directory, skipped=record["files"])}, directory)
 
 
 def _write(record: Mapping[str, Any], directory: Path) -> None:
-    (directory / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    (directory / RECORD).write_text(seal(record), encoding="utf-8")
 
 
 def read_record(directory: Path) -> dict[str, Any] | None:
@@ -41,33 +39,42 @@ def read_record(directory: Path) -> dict[str, Any] | None:
 
     Raises UserError when the directory is not a checkpoint, or files of it are missing or damaged.
     """
+    if (directory / RECORD).exists():
+        return check_record(directory)
+    if any(find_part_files(directory).values()):  # no other package writes files of these names
+        raise UserError(f"{directory} is damaged: {RECORD} is missing. Use an earlier checkpoint, or copy it again.")
     if not (directory / "config.json").exists():
         raise UserError(
             f"{directory} is not a checkpoint: it has no config.json. Give one, such as runs/mine/finetune/final."
         )
-    if not (directory / RECORD).exists():
-        if any((directory / name).exists() for name in WEIGHTS):
-            return None
-        raise UserError(
-            f"{directory} is incomplete: it has a config.json but no weights. Looked for {', '.join(WEIGHTS)}."
-            " Use an earlier checkpoint, or copy it again."
-        )
+    if any((directory / name).exists() for name in WEIGHTS):
+        return None
+    raise UserError(
+        f"{directory} is incomplete: it has a config.json but no weights. Looked for {', '.join(WEIGHTS)}."
+        " Use an earlier checkpoint, or copy it again."
+    )
+
+
+def check_record(directory: Path) -> dict[str, Any]:
+    """The record of a checkpoint or of an adapter. Raises UserError unless all its files are as they were saved."""
     record = read_json(directory / RECORD)
-    version, files, model = (record.get(name) for name in ("format", "files", "model"))
+    version = record.get("format")
+    has_form = all(isinstance(record.get(name, {}), dict) for name in ("files", "model", "template", "run"))
     if isinstance(version, int) and version > FORMAT:
         raise UserError(
             f"{directory} was written by a newer version of tinyllava (format {version}). Update tinyllava."
         )
-    if not version or not isinstance(files, dict) or "connector" not in (model or ()):
+    if version not in (1, FORMAT) or not has_form or "connector" not in record.get("model", ()):
         raise UserError(f"{directory / RECORD} is not the record of a checkpoint. Copy it again.")
-    if damage := find_damage(directory, files):
+    if damage := next(list_damage(directory, record), None):
         raise UserError(f"{directory} is damaged: {damage}. Use an earlier checkpoint, or copy it again.")
     return record
 
 
 def is_whole(directory: Path) -> bool:
-    """Whether `save` wrote this directory and all its files are there with their sizes."""
+    """Whether `save` wrote this directory and all its files are as they were saved. It logs why not."""
     try:
         return directory.is_dir() and read_record(directory) is not None
-    except UserError:
+    except UserError as error:
+        logger.warning("skipped: %s", error)
         return False

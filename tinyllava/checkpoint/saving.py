@@ -58,7 +58,7 @@ def save(
         "template": {"name": template.name, "compat": template.compat, "source": template.source},
         "run": dict(run or {}),
     }
-    write_record(directory, record)
+    write_record(directory, record, [source for sources in (reuse or {}).values() for source in sources])
     return files
 
 

@@ -1,4 +1,7 @@
-"""`tinyllava doctor`: versions, devices and known problems of this machine. Paste its output into a bug report."""
+"""`tinyllava doctor`: versions, devices and known problems of this machine. Paste its output into a bug report.
+
+`tinyllava doctor CHECKPOINT` compares the files of a checkpoint with their hashes (verify.py).
+"""
 
 import importlib
 import os
@@ -9,22 +12,46 @@ from pathlib import Path
 import torch
 from packaging.requirements import Requirement
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
+from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available, is_torch_flex_attn_available
 
 from tinyllava.cache import find_cache_root
+from tinyllava.commands.probes import run_probes
+from tinyllava.commands.verify import verify_checkpoints
+from tinyllava.console import messages
 from tinyllava.provenance import get_versions
 
 DISTRIBUTION = "tinyllava-factory"
 GIB = 2**30
+EXTRAS = {  # what each gives. No code of ours uses an extra that is not here
+    "deepspeed": "ZeRO-2 and ZeRO-3 on several GPUs",
+    "qlora": "QLoRA, and loading in 4 or 8 bits",
+    "gguf": "LLMs from GGUF files",
+    "wandb": "curves in Weights & Biases",
+    "trackio": "curves in Trackio",
+    "judge": "MM-Vet, graded by another model",
+    "lmms-eval": "the benchmarks of lmms-eval",
+    "dev": "the tests of this package",
+}
 
 
-def diagnose(console: Console) -> bool:
-    """Print facts about this machine and its known problems; returns whether there are no problems."""
+def diagnose(console: Console, checkpoint: str | None = None) -> bool:
+    """Print facts about this machine and its known problems, or about a checkpoint; returns whether all is well."""
+    if checkpoint is not None:
+        return verify_checkpoints(checkpoint, console)
+    with messages.status("trying two processes, the output folder and the Hub"):
+        findings = run_probes(find_existing(Path.cwd() / "runs"))
+    tried = {name: finding.fact for name, finding in findings.items()}
+    attention = {"attention": describe_attention()}
     facts = Table(show_header=False, box=None)
-    for name, fact in {**get_versions(), **list_devices(), **list_resources(), **list_extras()}.items():
-        facts.add_row(name, fact)
+    for name, fact in {**get_versions(), **list_devices(), **attention, **list_resources(), **tried}.items():
+        facts.add_row(name, escape(fact))
+    for name, state in list_extras().items():
+        facts.add_row(f"extra {name}", f"{state}: {EXTRAS.get(name, 'no command uses it yet')}")
     console.print(facts, highlight=False)
-    problems = find_problems()
+    console.print(f'Install an extra with: pip install "{DISTRIBUTION}\\[NAME]"', highlight=False)
+    problems = [*find_problems(), *(escape(finding.problem) for finding in findings.values() if finding.problem)]
     for problem in problems:
         console.print(f"[red]problem:[/] {problem}", highlight=False, soft_wrap=True)
     console.print("" if problems else "[green]no known problems[/]")
@@ -49,13 +76,24 @@ def list_resources() -> dict[str, str]:
     return {"CPU": f"{os.cpu_count()} cores, {total / GIB:.0f} GiB memory", **free}
 
 
+def describe_attention() -> str:
+    """The implementations that `attn_implementation` can name here."""
+    flash = {"flash_attention_2": is_flash_attn_2_available, "flash_attention_3": is_flash_attn_3_available}
+    names = ["sdpa", "eager", *["flex_attention"] * is_torch_flex_attn_available()]
+    names += [name for name, is_available in flash.items() if is_available()]
+    if "flash_attention_2" in names:
+        return ", ".join(names)
+    reason = "flash-attn is not installed" if torch.cuda.is_available() else "no GPU that it runs on"
+    return f"{', '.join(names)}; not flash_attention_2: {reason}"
+
+
 def find_existing(path: Path) -> Path:
     """Return `path`, or the nearest directory above it that exists."""
     return path if path.exists() else find_existing(path.parent)
 
 
 def list_extras() -> dict[str, str]:
-    """List each optional group of packages, whether it is installed, and what is missing."""
+    """List each optional group of packages, and whether it is installed."""
     state = {}
     for extra in metadata(DISTRIBUTION).get_all("Provides-Extra") or []:
         conditional = [
@@ -66,7 +104,7 @@ def list_extras() -> dict[str, str]:
         # A requirement whose marker also holds without the extra does not belong to it.
         names = [requirement.name for requirement in conditional if not requirement.marker.evaluate({"extra": ""})]
         missing = [name for name in names if not get_installed_version(name)]
-        state[f"extra {extra}"] = f"not installed ({', '.join(missing)})" if missing else "installed"
+        state[extra] = "not installed" if missing else "installed"
     return state
 
 

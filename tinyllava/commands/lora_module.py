@@ -20,8 +20,11 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import save_file
 
 from tinyllava import checkpoint
-from tinyllava.checkpoint.adapter import ADAPTER, PEFT_PREFIX, has_adapter, map_adapter_names
+from tinyllava.checkpoint.adapter import ADAPTER, PEFT_PREFIX, has_adapter, hash_weights, map_adapter_names
+from tinyllava.checkpoint.record import write_record
+from tinyllava.checkpoint.weight_files import find_base_files
 from tinyllava.errors import UserError
+from tinyllava.files import read_json
 from tinyllava.model.modeling import TinyLlavaForConditionalGeneration
 from tinyllava.model.vlm import VLM
 
@@ -52,11 +55,14 @@ def write_lora_module(vlm: VLM, directory: Path, name: Path, run: Mapping[str, A
     adapter = {stored: state[own] for stored, own in map_adapter_names(model, state).items() if own.startswith(LLM)}
     tensors = {f"{PEFT_PREFIX}{stored}": tensor.detach().cpu().contiguous() for stored, tensor in adapter.items()}
     (directory / "adapter").mkdir(parents=True)
-    save_file(tensors, directory / "adapter" / ADAPTER, metadata={"format": "pt"})
     config.base_model_name_or_path = str((name / "base").resolve())
     config.save_pretrained(directory / "adapter")
     remove_adapter(model)
     checkpoint.save(vlm, directory / "base", run)
+    base = hash_weights(find_base_files(directory / "base"))
+    save_file(tensors, directory / "adapter" / ADAPTER, metadata={"format": "pt", "base": json.dumps(base)})
+    record = read_json(directory / "base" / checkpoint.RECORD)
+    write_record(directory / "adapter", {name: record[name] for name in ("format", "model", "run")})
 
 
 def make_llm_config(model: TinyLlavaForConditionalGeneration) -> LoraConfig:

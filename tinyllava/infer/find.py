@@ -13,7 +13,7 @@ from huggingface_hub.errors import HFValidationError, HTTPError, LocalEntryNotFo
 from tinyllava import checkpoint
 from tinyllava.errors import UserError
 from tinyllava.model.parts import DTYPES, NANO, is_hub_reachable, locate_part
-from tinyllava.runs import FINAL, list_checkpoints, read_stage_names
+from tinyllava.runs import FINAL, RECORD, list_checkpoints, read_stage_names
 
 logger = logging.getLogger("tinyllava")
 
@@ -32,7 +32,7 @@ def find_checkpoint(path: str | Path) -> Path:
     name, path = str(path), Path(path).expanduser()
     if not path.is_dir():
         return download_checkpoint(name)
-    if any(os.path.lexists(path / name) for name in ("config.json", "adapter_config.json")):
+    if any(os.path.lexists(path / name) for name in ("config.json", "adapter_config.json", RECORD)):
         return path
     if os.path.lexists(path / "adapter" / "adapter_config.json"):  # written by `export --to adapter`
         return path / "adapter"

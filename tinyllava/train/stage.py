@@ -82,11 +82,12 @@ def run(recipe: Recipe, name: str, output: Path, overwrite: bool = False, follow
         if overwrite:
             start_over(recipe, output)
         record = RunRecord(output, recipe, name)
-        check_stages(recipe, [stage for stage in recipe.stages if not is_whole(output / stage / FINAL)])
+        finished = {stage for stage in recipe.stages if is_whole(output / stage / FINAL)}
+        check_stages(recipe, [stage for stage in recipe.stages if stage not in finished])
         previous: Path | None = None
         for stage, settings in recipe.stages.items():
             final = output / stage / FINAL
-            if is_whole(final):
+            if stage in finished:
                 check_moved_data(stage, settings.data, record.content["stages"][stage].get("data", ()), open_source)
                 logger.info("stage %s: already finished", stage)
             else:
