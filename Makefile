@@ -1,5 +1,6 @@
 # make demo: install the package, then train a small model, score it and show how to chat with it.
 # make test: run the linter and the test suite.
+# make fuzz: try inputs that nobody would write: MINUTES=10 TARGET=records SEED=0 CHUNKS=1 (tests/fuzz).
 # make test-engines: compare our answers with those of vLLM, which gets an environment of its own (.venv-engines).
 PYTHON ?= python3
 VENV := .venv
@@ -7,7 +8,7 @@ BIN := $(VENV)/bin
 
 ENGINES := .venv-engines
 
-.PHONY: install demo test test-engines lint clean
+.PHONY: install demo test test-engines fuzz lint clean
 
 install: $(VENV)/.installed
 
@@ -29,6 +30,11 @@ lint: install
 # Two processes with one thread each: more threads than cores would slow each other down.
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
+
+# Two processes at a time; exit code 1 if anything is found.
+fuzz: install
+	$(BIN)/python -m tests.fuzz --minutes $(or $(MINUTES),10) --seed $(or $(SEED),0) --chunks $(or $(CHUNKS),0) \
+	    $(if $(TARGET),--target $(TARGET))
 
 test-engines: install $(ENGINES)/.installed
 	OMP_NUM_THREADS=1 TINYLLAVA_ENGINES=$(CURDIR)/$(ENGINES)/bin/python $(BIN)/pytest tests/engines

@@ -108,6 +108,9 @@ def test_what_is_wrong_is_named_in_two_lines(override: str, words: list[str], ba
 def test_unknown_and_broken_recipes(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="unknown recipe 'quickstar'; did you mean 'quickstart'"):
         load_recipe("quickstar")
+    for name in ("x" * 300 + ".yaml", "a\0.yaml"):
+        with pytest.raises(UserError, match="not found"):
+            load_recipe(name)
     with pytest.raises(UserError, match=r"nowhere\.yaml not found"):
         load_recipe("nowhere.yaml")
     (tmp_path / "broken.yaml").write_text("model: [1\nstages: 3")

@@ -143,6 +143,11 @@ def test_short_names_options_and_own_code() -> None:
     assert Factory("connectors").get("collections:OrderedDict").__name__ == "OrderedDict"
     with pytest.raises(UserError, match=r"cannot load connector 'nothing\.here:X'"):
         Factory("connectors").get("nothing.here:X")
+    for address in (":", ".a:b", "a:", "a.:b", "os.path:", "a\0b:c", "\ud83d:c"):
+        with pytest.raises(UserError, match=r"not the address of Python code. Expected package\.module:Name"):
+            Factory("connectors").get(address)
+    with pytest.raises(UserError, match="unknown connector 'xxx"):
+        Factory("connectors").get("x" * 300)  # no file can have this name
     Factory("connectors").register("mine", dict)
     assert Factory("connectors").get("mine") is dict and "mine" in Factory("connectors").list_names()
     Factory("connectors").registered.pop("mine")

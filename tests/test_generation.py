@@ -240,6 +240,7 @@ WRONG = [
     {"early_stopping": "maybe", "num_beams": 2},
     {"sequence_bias": 3},
     {"exponential_decay_length_penalty": 4},
+    {"exponential_decay_length_penalty": {}},
     {"watermarking_config": "a"},
     {"stopping_criteria": max},
     {"prefix_allowed_tokens_fn": 3},

@@ -59,6 +59,8 @@ def suggest_known(name: str, known: Iterable[str]) -> str:
 def load_code(address: str, what: str) -> Any:
     """Import the object at `package.module:Name`. Raises UserError if that fails."""
     module_name, _, attribute = address.partition(":")
+    if not all(step and step.isprintable() for step in (*module_name.split("."), attribute)):
+        raise UserError(f"{what} '{address}' is not the address of Python code. Expected package.module:Name.")
     if os.getcwd() not in sys.path:  # the console script, unlike `python -m`, does not search there
         sys.path.append(os.getcwd())
     try:
@@ -101,7 +103,7 @@ class Factory:
     def find_path(self, name: str) -> Path:
         """The file of a built-in part. Raises UserError for an unknown name."""
         path = self.root / f"{name}{self.kind.suffix}"
-        if not path.is_file() or name.startswith("_"):
+        if not os.path.isfile(path) or name.startswith("_"):
             own = f"A file of your own ends in {self.kind.suffix}."
             hint = "Name a class of your own as module:Class." if self.kind.attribute else own
             raise UserError(f"unknown {self.kind.singular} '{name}'{suggest_known(name, self.list_names())} {hint}")

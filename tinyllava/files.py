@@ -4,7 +4,10 @@ Libraries answer such files with tracebacks of their own. Some say of a file tha
 """
 
 import json
+import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path, PureWindowsPath
 from pickle import UnpicklingError
@@ -53,6 +56,17 @@ def check_file(path: Path) -> None:
         )
 
 
+@contextmanager
+def raise_value_errors() -> Iterator[None]:
+    """Turn what the tokenizers library raises, plain `Exception`, into a ValueError: FAULTS cannot hold the former."""
+    try:
+        yield
+    except Exception as error:
+        if type(error) is Exception:
+            raise ValueError(str(error)) from None
+        raise
+
+
 def shorten_error(error: Exception) -> str:
     """The first sentence of a library's error; at most 200 characters."""
     text = " ".join(str(error).split()).partition(". ")[0][:200].rstrip(".: ")
@@ -89,6 +103,35 @@ def explain_hub_error(error: BaseException) -> str:
         if isinstance(link, errors.OfflineModeIsEnabled):
             return "not in the Hub's cache, and HF_HUB_OFFLINE forbids a download"
     return f"neither a directory nor readable from the Hub: {shorten_error(error)}"
+def parse_json(text: str | bytes) -> Any:
+    """The value in a JSON text. Raises ValueError for everything that Python's json raises, a RecursionError too.
+
+    Lone surrogates in it are replaced (see `replace_surrogates`), so that it can be written to a file and tokenised.
+    """
+    if isinstance(text, bytes):
+        text = text.decode(json.detect_encoding(text))
+    try:
+        return replace_surrogates(text, json.loads(text))[1]
+    except (ValueError, RecursionError) as error:
+        raise ValueError(describe_json_error(error)) from None
+
+
+def describe_json_error(error: ValueError | RecursionError) -> str:
+    """What is wrong with a JSON text, from the error of Python's json."""
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply"
+    return "a number has too many digits" if "int_max_str_digits" in str(error) else str(error)
+
+
+def replace_surrogates(text: str, value: Any) -> tuple[str, Any]:
+    r"""A JSON text and its value without lone surrogates, such as half an emoji (`\ud83d`).
+
+    JSON allows them, but no tokenizer and no file takes them.
+    """
+    if "\\ud" not in text and "\\uD" not in text:
+        return text, value
+    text = json.dumps(value, ensure_ascii=False).encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text, json.loads(text)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -97,8 +140,8 @@ def read_json(path: Path) -> dict[str, Any]:
     if path.stat().st_size > JSON_SIZE:
         raise UserError(f"{path} has more than {JSON_SIZE // 10**6} MB. It is not what its name says.")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
+        content = parse_json(path.read_bytes())
+    except ValueError as error:
         raise UserError(f"cannot read {path} as JSON: {error}. Copy it again.") from None
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}, expected a JSON object. Copy it again.")
@@ -151,10 +194,11 @@ def _check_content(path: Path, content: dict[str, Any]) -> None:
     names = sorted(set(map(str, files.values())))
     if outside := [name for name in names if not is_inside(name) or Path(name).name != name or "\\" in name]:
         raise UserError(f"{path} names {outside[0][:80]!r}, which is not a file beside it. Do not use this checkpoint.")
-    missing = [name for name in names if not (path.parent / name).is_file()]
+    missing = [name for name in names if not os.path.isfile(path.parent / name)]
     if missing:
         more = f" and {len(missing) - 3} more are" if len(missing) > 3 else " is" if len(missing) == 1 else " are"
-        raise UserError(f"{path.parent} is incomplete: {', '.join(missing[:3])}{more} missing. Copy it again.")
+        first = ", ".join(f"{name:.80}" for name in missing[:3])
+        raise UserError(f"{path.parent} is incomplete: {first}{more} missing. Copy it again.")
 
 
 def _check_depth(path: Path, content: dict[str, Any]) -> None:

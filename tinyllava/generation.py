@@ -141,8 +141,8 @@ def _try_options(model: Any, options: dict[str, Any]) -> None:
             GenerationConfig(**options).validate(strict=True)
             ids = torch.zeros(1, 1, dtype=torch.long, device=model.device)
             model.generate(ids, custom_generate=process_scores, max_new_tokens=MAX_NEW_TOKENS, **options)
-    except (ValueError, TypeError, IndexError, AttributeError, RuntimeError) as error:
-        reason = str(error).removeprefix("GenerationConfig is invalid: \n- ").splitlines()[0]
+    except (ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
+        reason = (str(error).removeprefix("GenerationConfig is invalid: \n- ") or type(error).__name__).splitlines()[0]
         raise UserError(f"cannot generate with {', '.join(options)}: {reason[:300]}") from None
 
 

@@ -9,9 +9,11 @@ never deleted: users copy, rename and link checkpoints.
 
 import json
 import logging
+import lzma
 import os
 import re
 import shutil
+import struct
 import zipfile
 import zlib
 from contextlib import suppress
@@ -33,6 +35,7 @@ METRICS, CURVE, START, FINAL, TENSORBOARD = "metrics.jsonl", "curve.png", "start
 NUMBERED = re.compile(r"checkpoint-([1-9][0-9]*)")
 # Where the optimiser's state is in a checkpoint, by the engine that wrote it.
 OPTIMIZER_FILES = {"plain": "optimizer.pt", "deepspeed": "global_step*", "fsdp": "optimizer[_.][0b]*"}
+UNREADABLE = (ValueError, RuntimeError, EOFError, LookupError)  # what zipfile raises for a damaged directory of files
 LARGE = 1 << 30  # bytes; reading smaller files takes a second
 REMEDY = "Choose another --output, or start again with --overwrite."
 
@@ -148,12 +151,12 @@ def find_last_checkpoint(output: Path, engine: str, world_size: int) -> Path | N
 
 def is_whole_zip(path: Path) -> bool:
     """Whether a file that torch wrote, which is a zip file, is whole. Of a large file only its end is read."""
-    if not zipfile.is_zipfile(path):
-        return False
     try:
+        if not zipfile.is_zipfile(path):
+            return False
         with zipfile.ZipFile(path) as archive:
             return path.stat().st_size > LARGE or archive.testzip() is None
-    except (zipfile.BadZipFile, zlib.error, ValueError, NotImplementedError, RuntimeError, EOFError):
+    except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error, OSError, *UNREADABLE):
         return False
 
 

@@ -156,6 +156,9 @@ def test_tables_with_other_shapes(folder, tmp_path):
         ("a.jsonl", '{"id": 1}\n{"id": 2', r"at line 2, column 9.*one JSON record a line"),
         ("a.json", '{\n "data": []\n}', r"at line 1, column 2.*or an array"),
         ("a.json", '[{"question": "what?"}]', r"a\.json: the first records have neither 'conversations' \(LLaVA\) nor"),
+        ("a.json", "[" * 5000, r"not valid JSON: it is nested too deeply at line 1, column 2"),
+        ("a.jsonl", '{"id": 1}\n' + '{"a":' * 5000, r"it is nested too deeply at line 2, column 1"),
+        ("a.json", f'[{{"id": 1}}, {"9" * 5000}]', r"a number has too many digits at line 1, column 1"),
         ("a.json", b"\xff\xfe[\x00", r"a\.json is not (UTF-8 text|valid JSON)"),
     ],
 )

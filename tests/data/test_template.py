@@ -410,6 +410,12 @@ REFUSED = {
         "{% for m in messages %}{{ m.role + ': ' + m.content + '. ' }}{% endfor %}",
         "not a special token",
     ),
+    "divides by zero": ("{{ 1 / 0 }}", "division by zero"),
+    "breaks out of no loop": ("{% break %}", "outside loop"),
+    "includes another": ("{% include 'x' %}", "no loader"),
+    "adds a number to a text": ("{{ messages[0].content + 1 }}", "cannot render it"),
+    "encodes": ("{{ '\u00e9'.encode('ascii') }}", "can't encode"),
+    "writes half an emoji": ("{{ '\\ud83d' }}", "surrogates not allowed"),
     "refuses": ("{{ raise_exception('no pictures please') }}", "no pictures please"),
 }
 
@@ -422,6 +428,38 @@ def test_a_template_that_could_not_be_exact_is_refused(fault, load, tmp_path):
     with pytest.raises(UserError, match=re.escape(text)) as caught:
         Template.load(path).encode(HARD["many turns"], load("qwen"))
     assert "mine.jinja" in str(caught.value)
+
+
+def test_half_an_emoji_is_refused(load):
+    for text in ("\ud83d", "a \udc80 b"):
+        with pytest.raises(SampleError, match="the template cannot render it"):
+            Template.load("phi").encode(conversation(text, "A."), load("phi"))
+    with pytest.raises(SampleError, match="surrogates not allowed"):
+        Template.load("llama", compat=True).encode_prompt(conversation("\ud83d"), load("llama"))
+
+
+def test_a_space_that_is_trimmed_to_nothing_hides_no_label(load):
+    """A byte-level tokenizer with a prefix space writes that space's offset behind the line break that follows it."""
+    encoded = Template.load("pretrain").encode(conversation("<image>", ""), load("bos"))
+    assert [label for label in encoded["labels"] if label != -100] == encoded["input_ids"][-2:]
+    assert mask([7, 8, 9], [(0, 5), (6, 6), (5, 6)], [(5, 6)]) == [-100, 8, 9]
+
+
+def test_paths_that_no_file_can_have_are_refused():
+    for name in (
+        "x" * 300,
+        "x" * 300 + ".jinja",
+        "a\0.jinja",
+        "~nobody/a.jinja",
+        ":",
+        ".a:b",
+        "a:",
+        ":b",
+        "a b:c",
+        "..",
+    ):
+        with pytest.raises(UserError):
+            Template.load(name)
 
 
 def test_a_template_that_reads_content_as_parts_gives_the_same_ids_and_labels(load, tmp_path):

@@ -112,6 +112,20 @@ def test_errors_say_why_two_runs_cannot_be_compared(scored, tinyllava, tmp_path)
     assert_refused(tinyllava("eval", "--compare", a, b), "nothing to compare", "other")
     (b / "results.json").write_text("[]")
     assert_refused(tinyllava("eval", "--compare", a, b), "not a results file")
+    for change in ({"data": 5}, {"metric": []}, {"scorer": None}):
+        tasks = {"my": {**results["tasks"]["my"], **change}}
+        (b / "results.json").write_text(json.dumps({**results, "tasks": tasks}))
+        assert_refused(tinyllava("eval", "--compare", b, a), "my")
     (b / "results.json").write_text(json.dumps(results))
+    items = b / "eval" / "my" / "items.jsonl"
+    whole = items.read_text()
+    first, *others = whole.splitlines(keepends=True)
+    for change in ({"score": "x"}, {"image": 5}, {"id": []}, {"gold": 7}, {"prompt": None}):
+        items.write_text("".join([json.dumps(json.loads(first) | change) + "\n", *others]))
+        assert_refused(tinyllava("eval", "--compare", b, a), "my")
+    for line in ("5\n", "{}\n", "[" * 5000 + "\n"):
+        items.write_text("".join([line, *others]))
+        assert_refused(tinyllava("eval", "--compare", b, a), "my")
+    items.write_text(whole)
     (b / "eval" / "my" / "items.jsonl").unlink()
     assert_refused(tinyllava("eval", "--compare", a, b), "items.jsonl", "Score the answers again")

@@ -79,6 +79,30 @@ def test_mme_folder_of_the_official_tool(tmp_path: Path) -> None:
         score_answers("mme", root, folder)
 
 
+def test_files_of_another_form_are_refused_by_name(tmp_path: Path) -> None:
+    root = copy_of("pope", tmp_path)
+    label = root / "coco" / "coco_pope_random.json"
+    first, *others = label.read_text().splitlines(keepends=True)
+    answers = write_lines(tmp_path / "pope.json", [{"question": "Is it?", "answer": "no"}, {}])
+    with pytest.raises(UserError, match=r"pope\.json does not have the expected form: no 'question'"):
+        score_answers("pope", root, answers)
+    for line, words in (
+        ('""\n', r"coco_pope_random\.json, line 1 is not a record"),
+        ("{}\n", r"data of pope in .* the expected form: no 'image'"),
+        (first.replace('"image": "', '"image": ["').replace('.jpg"', '.jpg"]'), "data of pope in"),
+        ('{"a":' * 5000 + "\n", "line 1 is not JSON: it is nested too deeply"),
+    ):
+        label.write_text("".join([line, *others]))
+        with pytest.raises(UserError, match=words):
+            score_answers("pope", root, answers)
+
+    root = copy_of("mme", tmp_path)
+    text = next((root / "MME_Benchmark_release_version" / "OCR").glob("*.txt"))
+    text.write_bytes(b"\xff" + text.read_bytes())
+    with pytest.raises(UserError, match=r"\.txt is not UTF-8 text"):
+        score_answers("mme", root, answers)
+
+
 def test_scienceqa_results_of_the_official_script(tmp_path: Path) -> None:
     root = copy_of("scienceqa", tmp_path)
     ours = answer_all(scienceqa.Benchmark(), root, tmp_path / "ours.jsonl", lambda q: "AB?"[len(q.id) % 3])

@@ -9,7 +9,7 @@ import pytest
 import torch
 from gguf import GGUFWriter
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from tests.conftest import CLIP, DINOV2, SIGLIP, tiny_model
 from tests.tiny_session import tiny_session
@@ -17,7 +17,7 @@ from tests.tiny_vlm import build_tiny
 from tinyllava import checkpoint
 from tinyllava.errors import UserError
 from tinyllava.model import gguf
-from tinyllava.model.parts import make_part_config
+from tinyllava.model.parts import load_named, make_part_config
 
 HEADS, DIM = 4, 32
 
@@ -132,3 +132,12 @@ def test_a_config_that_transformers_refuses_is_an_error_in_a_line() -> None:
         with pytest.raises(UserError, match=problem) as error:
             make_part_config("llm", {"model_type": "llama", **fields})
         assert str(error.value).startswith("model.llm.config: ") and "\n" not in str(error.value)
+
+
+def test_a_tokenizer_that_the_library_refuses_is_an_error_in_a_line(tmp_path: Path) -> None:
+    """The tokenizers library raises plain `Exception`."""
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    (tmp_path / "tokenizer.json").write_text('{"model": {"type": "BPE", "vocab": {}, "merges": 5}, "added_tokens": []}')
+    with pytest.raises(UserError, match=r"cannot load the tokenizer .*: ") as caught:
+        load_named("tokenizer", str(tmp_path), AutoTokenizer.from_pretrained)
+    assert "\n" not in str(caught.value)

@@ -45,7 +45,7 @@ from tinyllava.data.legacy_template import ORIGINALS
 from tinyllava.data.template import Template, add_image_token
 from tinyllava.errors import UserError
 from tinyllava.factory import Factory
-from tinyllava.files import read_json
+from tinyllava.files import raise_value_errors, read_json
 from tinyllava.model.build import get_default_template
 from tinyllava.model.configuration import TinyLlavaConfig
 from tinyllava.model.image_processor import combine_image_fields, make_llava_image_processor
@@ -256,9 +256,10 @@ def _get_connector_options(
 def _load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     """The fast version of the slow tokenizer in `directory`, by the class that tokenizer_config.json names."""
     try:  # an empty config: the LLM's model_type would overrule that class
-        return AutoTokenizer.from_pretrained(
-            directory, config=PreTrainedConfig(), local_files_only=True, trust_remote_code=False
-        )
+        with raise_value_errors():
+            return AutoTokenizer.from_pretrained(
+                directory, config=PreTrainedConfig(), local_files_only=True, trust_remote_code=False
+            )
     except (OSError, ValueError, ImportError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(

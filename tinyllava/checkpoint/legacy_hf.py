@@ -13,7 +13,7 @@ from tinyllava.checkpoint.legacy import KEYWORDS
 from tinyllava.data.template import BoundTemplate, Template
 from tinyllava.errors import UserError
 from tinyllava.factory import TRUST, suggest_known
-from tinyllava.files import FAULTS, shorten_error
+from tinyllava.files import FAULTS, raise_value_errors, shorten_error
 from tinyllava.model.configuration import TinyLlavaConfig
 from tinyllava.vision_towers import find_family
 
@@ -85,7 +85,8 @@ def read_processor(directory: Path) -> LlavaProcessor:
                 f"{directory} has no {kind}: none of {', '.join(names)}. Copy it from where the model was published."
             )
     try:
-        return LlavaProcessor.from_pretrained(directory, backend="pil", trust_remote_code=False)
+        with raise_value_errors():
+            return LlavaProcessor.from_pretrained(directory, backend="pil", trust_remote_code=False)
     except FAULTS as error:
         reason = shorten_error(error)
         raise UserError(

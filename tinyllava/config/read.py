@@ -1,5 +1,6 @@
 """Read a recipe: merge its YAML, the recipe that it inherits from (`base:`) and dotted overrides, then check it."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,7 @@ def _read_tree(name: str, seen: tuple[str, ...]) -> DictConfig:
     """The tree of a recipe with everything it inherits: nested mappings are merged, dotted keys replace."""
     is_file = name.endswith((".yaml", ".yml"))
     path = Path(name) if is_file else Factory("recipes").find_path(name)
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise UserError(f"recipe file {name} not found. Give a YAML file, or a built-in name such as quickstart.")
     if str(path) in seen:
         raise UserError(f"recipe {name} inherits from itself: {' -> '.join([*seen, str(path)])}.")

@@ -13,10 +13,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-from jinja2 import TemplateError, TemplateSyntaxError
+from jinja2 import TemplateSyntaxError
 
 from tinyllava.data.labels import Span
-from tinyllava.data.rendering import GENERATION, OURS, REMEDY, ChatFormat, render_jinja
+from tinyllava.data.rendering import GENERATION, OURS, REMEDY, TEMPLATE_FAULTS, ChatFormat, render_jinja
 from tinyllava.data.sample import IMAGE_PART, IMAGE_TOKEN, Message, Sample, SampleError
 from tinyllava.data.special_tokens import adds_bos, has_token
 from tinyllava.errors import UserError
@@ -134,7 +134,7 @@ def _wants_parts(source: str) -> bool:
     """Whether a template reads content only as a list of parts, as llava-hf's do. It then leaves out a plain text."""
     try:
         text, _ = render_template([PROBE.to_messages()[0]], source)
-    except TemplateError:
+    except TEMPLATE_FAULTS:
         return False
     return PROBE.messages[0].text not in text[0]
 

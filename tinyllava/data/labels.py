@@ -1,5 +1,7 @@
 """Labels: which tokens of a rendered conversation the model learns to produce."""
 
+from itertools import accumulate
+
 IGNORE = -100  # torch's cross entropy skips this label
 Span = tuple[int, int]  # characters [begin, end) of a rendered text
 
@@ -13,11 +15,13 @@ def mask(ids: list[int], offsets: list[Span], spans: list[Span]) -> list[int]:
     ChatML), because BPE may join the two.
     """
     labels = [IGNORE] * len(ids)
+    # A byte-level tokenizer with a prefix space puts a space that it trims to nothing behind the token that follows it.
+    starts = list(accumulate((begin for begin, _ in reversed(offsets)), min))[::-1]
     at = 0
     for begin, end in spans:
-        while at < len(ids) and offsets[at][0] < begin:
+        while at < len(ids) and starts[at] < begin:
             at += 1
-        while at < len(ids) and offsets[at][0] < end:
+        while at < len(ids) and starts[at] < end:
             labels[at] = ids[at]
             at += 1
     return labels

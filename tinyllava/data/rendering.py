@@ -17,6 +17,9 @@ from tinyllava.data.sample import Sample, SampleError
 from tinyllava.factory import Factory
 from tinyllava.sandbox import render_template
 
+# What a template raises: errors of jinja, and of the Python that it is compiled to and calls.
+TEMPLATE_FAULTS = (TemplateError, ArithmeticError, AssertionError, AttributeError, LookupError, NameError)
+TEMPLATE_FAULTS += (RuntimeError, SyntaxError, TypeError, ValueError)
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 OURS = ", ".join(Factory("templates").list_names())
 REMEDY = f"Mark what the model must produce with {{% generation %}} in a copy of it, or use one of ours: {OURS}."
@@ -93,8 +96,10 @@ def render_jinja(
             return_assistant_tokens_mask=bool(GENERATION.search(source)),
             **tokenizer.special_tokens_map,
         )
+        texts[0].encode()  # no tokenizer takes half an emoji (a lone surrogate)
     except TemplateSyntaxError:
         raise  # the template's fault, not the sample's: `fit.py` reports it
-    except TemplateError as error:
-        raise SampleError("template", f"the template cannot render it: {error}", sample.id) from None
+    except TEMPLATE_FAULTS as error:
+        text = f"the template cannot render it: {' '.join(str(error).split())[:300]}"
+        raise SampleError("template", text, sample.id) from None
     return texts[0], spans[0] if spans else []

@@ -13,6 +13,7 @@ offsets of one tokenisation of the whole text map to tokens.
 rendering.py makes the text and labels.py the labels. fit.py refuses a format that is not exact with a tokenizer.
 """
 
+import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -86,7 +87,7 @@ class Template:
         if name == NATIVE_TEMPLATE:
             return Template(name, None)
         is_path = name.endswith(".jinja") or "/" in name
-        part = Path(name).expanduser() if is_path else Factory("templates").get(name)
+        part = Path(os.path.expanduser(name)) if is_path else Factory("templates").get(name)
         if isinstance(part, type):
             part = part()
         if isinstance(part, Template):
@@ -175,5 +176,5 @@ def read_source(path: Path) -> str:
     """The text of a `.jinja` file."""
     try:
         return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"cannot read the template {path}: {error}. Give a known name or a .jinja file.") from None

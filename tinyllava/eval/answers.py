@@ -12,7 +12,7 @@ from typing import Any
 
 from tinyllava import atomic
 from tinyllava.errors import UserError
-from tinyllava.eval.benchmarks._files import read_json_file
+from tinyllava.files import parse_json, read_json
 
 logger = logging.getLogger("tinyllava")
 MADE_WITH = "made_with.json"
@@ -61,7 +61,7 @@ def read_answers(path: Path) -> Answers:
     answers: Answers = {}
     for number, line in enumerate(data[:complete].split(b"\n")[:-1], start=1):
         try:
-            record = json.loads(line)
+            record = parse_json(line)
             answers[record["id"]] = record
         except (ValueError, KeyError, TypeError):
             raise UserError(
@@ -73,7 +73,7 @@ def read_answers(path: Path) -> Answers:
 def read_conditions(folder: Path) -> dict[str, Any]:
     """The conditions under which the answers in `folder` were made; {} if `tinyllava eval` did not write them."""
     path = folder / MADE_WITH
-    return read_json_file(path) if path.is_file() else {}
+    return read_json(path) if path.is_file() else {}
 
 
 def claim_folder(folder: Path, conditions: dict[str, Any]) -> None:

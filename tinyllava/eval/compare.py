@@ -16,7 +16,7 @@ import numpy as np
 
 from tinyllava.errors import UserError
 from tinyllava.eval.benchmarks import Benchmark, ScoredItem
-from tinyllava.eval.benchmarks._files import read_jsonl
+from tinyllava.eval.benchmarks._files import explain_form, read_jsonl
 from tinyllava.eval.intervals import SumTable, compute_bounds, identify_image, resample
 from tinyllava.eval.results import ITEMS, RESULTS, load_results
 from tinyllava.eval.tasks import JSONL, find_task
@@ -74,15 +74,19 @@ def compare_runs(a: str | Path, b: str | Path, tasks: Sequence[str] | None = Non
         raise UserError(f"nothing to compare: {present}.")
     comparisons = []
     for name in tasks or common:
-        a_entry, b_entry = a_entries[name], b_entries[name]
-        for fact in ("scorer", "metric"):
-            if a_entry[fact] != b_entry[fact]:
-                raise UserError(f"{name}: not the same {fact}: '{a_entry[fact]}' in {a}, '{b_entry[fact]}' in {b}.")
-        if a_entry["score"] is None:
-            raise UserError(f"{name} was not scored here ({a_entry['metric']}), so there is nothing to compare.")
-        a_items, b_items = match_items(name, _load_items(Path(a), name), _load_items(Path(b), name))
-        comparisons.append(compare_items(_find_benchmark(name, a_entry), a_entry["title"], a_items, b_items))
+        with explain_form(f"the results of {name} in {a} or {b}", "Score the answers again."):
+            comparisons.append(_compare_task(name, Path(a), a_entries[name], Path(b), b_entries[name]))
     return comparisons
+
+
+def _compare_task(name: str, a: Path, a_entry: dict[str, Any], b: Path, b_entry: dict[str, Any]) -> Comparison:
+    for fact in ("scorer", "metric"):
+        if a_entry[fact] != b_entry[fact]:
+            raise UserError(f"{name}: not the same {fact}: '{a_entry[fact]}' in {a}, '{b_entry[fact]}' in {b}.")
+    if a_entry["score"] is None:
+        raise UserError(f"{name} was not scored here ({a_entry['metric']}), so there is nothing to compare.")
+    a_items, b_items = match_items(name, _load_items(a, name), _load_items(b, name))
+    return compare_items(_find_benchmark(name, a_entry), a_entry["title"], a_items, b_items)
 
 
 def compare_items(benchmark: Benchmark, title: str, a: list[ScoredItem], b: list[ScoredItem]) -> Comparison:

@@ -8,7 +8,6 @@ after a rate limit, a server error, a broken connection, or a reply that is not 
 it is an error and never a grade. The grades until then are kept: run the same command again to resume.
 """
 
-import json
 import logging
 import os
 import random
@@ -19,6 +18,7 @@ from typing import Any
 from tinyllava.errors import UserError
 from tinyllava.eval.benchmarks._judge import JUDGE_MAX_TOKENS
 from tinyllava.eval.tasks import Task
+from tinyllava.files import parse_json
 from tinyllava.secrets import hide_secrets
 
 logger = logging.getLogger("tinyllava")
@@ -114,7 +114,7 @@ class Endpoint:
 def _read_text(reply: bytes) -> str | None:
     """The text of a chat completion, which may be null. Raises ValueError for anything else."""
     try:
-        text = json.loads(reply)["choices"][0]["message"]["content"]
+        text = parse_json(reply)["choices"][0]["message"]["content"]
     except (KeyError, IndexError, TypeError):
         text = ...
     if not isinstance(text, str | None):

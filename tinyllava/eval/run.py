@@ -113,7 +113,7 @@ class Job:
         trained_on = [source["path"] for source in session.record.get("run", {}).get("data", [])]
         self.root, self.blind = task.locate(root, trained_on), blind or task.benchmark.asks_blind
         self.task = set_judge(task, judge, self.folder)
-        questions = task.benchmark.questions(self.root)
+        questions = task.read_questions(self.root)
         if not questions:
             raise UserError(f"{task.name} has no questions: nothing was found in {self.root}. Check --data.")
         if not all(question.text for question in questions):

@@ -10,7 +10,9 @@ from typing import Any, NamedTuple
 
 from tinyllava.errors import UserError
 from tinyllava.eval.benchmarks import Answer, Benchmark, Pair, Question, Root, hash_questions, to_answer_fields
+from tinyllava.eval.benchmarks._files import explain_form
 from tinyllava.eval.tasks import Task, find_task
+from tinyllava.files import parse_json
 
 ID_FIELDS = ("question_id", "questionId", "id")  # ours and LLaVA's, GQA's, MMMU's
 TEXT_FIELDS = ("text", "response", "prediction", "answer")  # ours and LLaVA's, MMMU's, GQA's, VQAv2's
@@ -36,7 +38,7 @@ def score_answers(
     """
     task = (find_task(task) if isinstance(task, str) else task).set_options(**options)
     root = task.locate(root)
-    questions = task.benchmark.references(root)
+    questions = task.read_questions(root, for_scoring=True)
     if not questions:
         raise UserError(f"{task.name} has no questions: nothing was found in {root}. Check --data.")
     records, questions, broken_lines = read_answers_file(Path(answers), task.benchmark, questions)
@@ -82,7 +84,10 @@ def read_answers_file(path: Path, benchmark: Benchmark, questions: list[Question
     """
     if not path.exists():
         raise UserError(f"there is no answers file {path}.")
-    official = benchmark.read_official(path, questions)
+    with explain_form(
+        f"{path}", "Give the file that the official tool wrote, or JSON lines with question_id and text."
+    ):
+        official = benchmark.read_official(path, questions)
     if official is not None:
         records = [_to_answer(raw, path, number) for number, raw in enumerate(official.records, start=1)]
         return AnswersFile(records, official.questions, [])
@@ -94,14 +99,14 @@ def read_answers_file(path: Path, benchmark: Benchmark, questions: list[Question
     numbered: list[tuple[int, Any]] = []
     broken_lines: list[int] = []
     try:
-        document = json.loads(data)  # this also reads a file of JSON lines that has only one line
+        document = parse_json(data)  # this also reads a file of JSON lines that has only one line
         if isinstance(document, dict) and not any(name in document for name in ID_FIELDS):
             document = [{"question_id": qid, "text": answer} for qid, answer in document.items()]
         numbered = list(enumerate(document if isinstance(document, list) else [document], start=1))
     except ValueError:
         for number, line in enumerate(data.split(b"\n"), start=1):
             try:
-                numbered += [(number, json.loads(line))] if line.strip() else []
+                numbered += [(number, parse_json(line))] if line.strip() else []
             except ValueError:
                 broken_lines.append(number)
     return AnswersFile([_to_answer(raw, path, number) for number, raw in numbered], questions, broken_lines)

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from tinyllava.errors import UserError
-from tinyllava.eval.benchmarks import Benchmark, Pair, Root
+from tinyllava.eval.benchmarks import Benchmark, Pair, Question, Root
+from tinyllava.eval.benchmarks._files import explain_form
 from tinyllava.eval.choose import Choice, build_choice, split_choice
 from tinyllava.factory import Factory
 
@@ -43,9 +44,15 @@ class Task:
         self.check_root(root)
         return self.file or self.benchmark.locate(root, trained_on)
 
+    def read_questions(self, root: Root, for_scoring: bool = False) -> list[Question]:
+        """The questions to ask, or those for scoring an answers file. Raises UserError for data of another form."""
+        with explain_form(f"the data of {self.name} in {root}", "Is it of the expected release?"):
+            return self.benchmark.references(root) if for_scoring else self.benchmark.questions(root)
+
     def evaluate(self, root: Root, pairs: list[Pair]) -> dict[str, Any]:
         """The benchmark's result. With a choice by likelihood, its metric says so."""
-        result = self.benchmark.evaluate(root, pairs)
+        with explain_form(f"the data of {self.name} in {root}, or an answer,", "Is it of the expected release?"):
+            result = self.benchmark.evaluate(root, pairs)
         return result | {"metric": f"{result['metric']}, by {self.choice.name}"} if self.choice else result
 
     def set_options(self, **options: Any) -> "Task":

@@ -29,8 +29,8 @@ def find_checkpoint(path: str | Path) -> Path:
         return Path(locate_part("model", NANO))
     if not isinstance(path, str | Path):
         raise UserError(f"expected the path of a checkpoint, found {reprlib.repr(path)}.")
-    name, path = str(path), Path(path).expanduser()
-    if not path.is_dir():
+    name, path = str(path), Path(os.path.expanduser(path))
+    if not os.path.isdir(path):
         return download_checkpoint(name)
     if any(os.path.lexists(path / name) for name in ("config.json", "adapter_config.json", RECORD)):
         return path

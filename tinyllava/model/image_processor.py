@@ -12,6 +12,7 @@ every image into `pixel_values` [3, S, S] with the same side S, normalised with 
 """
 
 import logging
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -57,13 +58,13 @@ def make_llava_image_processor(fields: dict, image_size: int, aspect: str = "pro
 
 def is_code(name: str | None) -> bool:
     """Whether a recipe's image processor is the address of a class, not a file or directory."""
-    return name is not None and ":" in name and not Path(name).expanduser().exists()
+    return name is not None and ":" in name and not os.path.exists(os.path.expanduser(name))
 
 
 def read_image_fields(name: str) -> dict[str, Any]:
     """The fields of a preprocessor_config.json under the names of Llava's image processor. Raises UserError."""
-    path = Path(name).expanduser()
-    path = path / FILE if path.is_dir() else path
+    path = Path(os.path.expanduser(name))
+    path = path / FILE if os.path.isdir(path) else path
     try:
         fields = read_json(path)
     except UserError as error:

@@ -18,7 +18,7 @@ from tinyllava.config import PART_TITLES, LLMSpec, ModelSpec, TokenizerSpec, Vis
 from tinyllava.console import silence_transformers
 from tinyllava.errors import UserError
 from tinyllava.factory import Factory, suggest_nearest
-from tinyllava.files import FAULTS, check_model_files, explain_hub_error, shorten_error
+from tinyllava.files import FAULTS, check_model_files, explain_hub_error, raise_value_errors, shorten_error
 from tinyllava.model import gguf
 from tinyllava.vision_towers import get_family_name, import_tower, join_tower_configs, split_tower_name
 
@@ -98,7 +98,7 @@ def load_part(
         with silence_transformers():
             model, info = load_named(part, name, auto.from_pretrained, **options)
         # A path on this machine says nothing to others, and they should not see it.
-        model.config.name_or_path = Path(name).name if Path(name).expanduser().exists() else name
+        model.config.name_or_path = Path(name).name if os.path.exists(os.path.expanduser(name)) else name
         if missing := sorted(info["missing_keys"]):
             count, first = len(missing), ", ".join(missing[:3])
             logger.warning("%d weights are missing in %s and start random: %s ...", count, name, first)
@@ -140,13 +140,14 @@ def load_named(part: str, name: str, load: Callable, **kwargs: Any) -> Any:
     """Call `load(name)`. Raises UserError when there is neither such a directory nor such a model on the Hub."""
     name = locate_part(part, name)
     if name.endswith(".gguf"):
-        name = str(gguf.convert_gguf(Path(name).expanduser()))
-    local = Path(name).is_dir()
+        name = str(gguf.convert_gguf(Path(os.path.expanduser(name))))
+    local = os.path.isdir(name)
     if local:
         check_model_files(Path(name))
     try:
         offline = not local and not is_hub_reachable()
-        return load(name, local_files_only=offline, trust_remote_code=False, **kwargs)  # None asks on the terminal
+        with raise_value_errors():
+            return load(name, local_files_only=offline, trust_remote_code=False, **kwargs)  # None asks on the terminal
     except FAULTS as error:
         reason = shorten_error(error) if local else explain_hub_error(error)
         if not local and not is_hub_reachable():

@@ -37,8 +37,9 @@ def open_source(spec: DataSpec, cache_dir: str | Path | None = None) -> Source:
     """Open the source that `spec` names. Raises UserError if it is missing, empty, broken or of an unknown format."""
     try:
         source = _find_format(spec).read(spec, find_cache_root(cache_dir))
-    except PermissionError as error:
-        raise UserError(f"cannot read {error.filename or spec.path}: permission denied.") from None
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise UserError(f"cannot read {error.filename or spec.path}: {reason}.") from None
     source.roots = ImageFolders(source.roots, named=spec.images is not None, urls=spec.urls)
     for root in source.roots:
         if not Path(root).is_dir():

@@ -26,6 +26,7 @@ from tinyllava.config import DataSpec
 from tinyllava.data.sample import Sample
 from tinyllava.data.sources.source import Source, format_id, list_image_folders
 from tinyllava.errors import UserError
+from tinyllava.files import describe_json_error, replace_surrogates
 
 CHUNK = 1 << 22  # bytes read at a time
 BATCH = 1000  # records in an Arrow batch
@@ -105,7 +106,7 @@ def parse_records(path: Path) -> Iterator[tuple[str, Any]]:
         parse = _parse_array if head.startswith(b"[") else _parse_lines
         try:
             for text, value in parse(path, stream):
-                yield _replace_surrogates(text, value)
+                yield replace_surrogates(text, value)
         except UnicodeDecodeError as error:
             raise UserError(f"{path} is not UTF-8 text ({error.reason}). Expected JSON or JSON lines.") from None
 
@@ -117,9 +118,10 @@ def _parse_lines(path: Path, stream: BinaryIO) -> Iterator[tuple[str, Any]]:
             continue
         try:
             yield text, json.loads(text)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             expected = "one JSON record a line, or an array [{...}, ...]"
-            raise _explain_broken(path, (number, error.colno), error.msg, expected) from None
+            column, fault = getattr(error, "colno", 1), getattr(error, "msg", None) or describe_json_error(error)
+            raise _explain_broken(path, (number, column), fault, expected) from None
 
 
 def _parse_array(path: Path, stream: BinaryIO) -> Iterator[tuple[str, Any]]:
@@ -186,6 +188,8 @@ class _Cursor:
                     raise self.explain(error.msg, error.pos) from None
                 last_fault = fault
                 self.read_on()
+            except (ValueError, RecursionError) as error:
+                raise self.explain(describe_json_error(error), self.at) from None
 
     def locate(self, at: int) -> tuple[int, int]:
         """Line and column in the file of text[at]."""
@@ -201,11 +205,3 @@ class _Cursor:
 def _explain_broken(path: Path, place: tuple[int, int], message: str, expected: str) -> UserError:
     line, column = place
     return UserError(f"{path} is not valid JSON: {message} at line {line}, column {column}. Expected {expected}.")
-
-
-def _replace_surrogates(text: str, value: Any) -> tuple[str, Any]:
-    r"""Replace lone surrogates, such as half an emoji (`\ud83d`): JSON allows them, but no tokenizer does."""
-    if "\\ud" not in text and "\\uD" not in text:
-        return text, value
-    text = json.dumps(value, ensure_ascii=False).encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return text, json.loads(text)

@@ -17,7 +17,8 @@ from rich.progress import track
 from tinyllava.console import messages
 from tinyllava.errors import UserError
 from tinyllava.eval.benchmarks import Question
-from tinyllava.eval.benchmarks._files import read_json_file
+from tinyllava.eval.benchmarks._files import read_json_file, read_text_file
+from tinyllava.files import parse_json
 
 logger = logging.getLogger("tinyllava")
 
@@ -49,7 +50,7 @@ def build_judge_prompt(question: str, answer: str, prediction: str, preamble: st
 
 def read_preamble(path: Path) -> str:
     """Read the preamble in the official `mm-vet_evaluator.py`. Raises UserError if its SHA-256 is wrong."""
-    match = re.search(r'^prompt = """(.*?)"""', path.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    match = re.search(r'^prompt = """(.*?)"""', read_text_file(path), re.DOTALL | re.MULTILINE)
     text = match.group(1) if match else ""
     if hashlib.sha256(text.encode()).hexdigest() != PREAMBLE_SHA256:
         raise UserError(
@@ -132,7 +133,7 @@ def read_grades(path: Path) -> list[dict[str, Any]]:
     lines = []
     for number, line in enumerate(complete, start=1):
         try:
-            grade = json.loads(line)
+            grade = parse_json(line)
             lines.append(
                 {name: grade[name] for name in ("key", "id", "prediction", "run", "model", "content", "score")}
             )

@@ -30,7 +30,7 @@ from tinyllava.eval.benchmarks import (
     drop_missing,
     to_answer_fields,
 )
-from tinyllava.eval.benchmarks._files import read_jsonl
+from tinyllava.eval.benchmarks._files import read_jsonl, read_text_file
 from tinyllava.eval.benchmarks._layouts import DataFiles
 
 PERCEPTION = ("existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR")
@@ -51,7 +51,7 @@ def _read_release(release: Path) -> Iterable[Question]:
         for file in sorted((folder / "questions_answers_YN" if nested else folder).glob("*.txt")):
             image = paths.get(file.stem, images / f"{file.stem}.jpg")
             qid = image.relative_to(release).as_posix()
-            for line in file.read_text(encoding="utf-8").split("\n"):
+            for line in read_text_file(file).split("\n"):
                 if not line.strip():
                     continue
                 question, tab, answer = line.strip().partition("\t")
@@ -198,7 +198,7 @@ class Benchmark(benchmarks.Benchmark):
         by_line = {_identify(q.category, q.extra["file"], q.extra["question"]): q for q in questions}
         records = []
         for file in files:
-            for number, line in enumerate(file.read_text(encoding="utf-8").rstrip("\n").split("\n"), start=1):
+            for number, line in enumerate(read_text_file(file).rstrip("\n").split("\n"), start=1):
                 cells = line.split("\t")
                 question = by_line.get(_identify(file.stem, *cells[:2])) if len(cells) == 4 else None
                 if question is None or question.answer.lower() != cells[2].strip().lower():

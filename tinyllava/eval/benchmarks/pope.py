@@ -10,7 +10,6 @@ Deviation: the official scripts match answers and labels by their order; here th
 matches by order.
 """
 
-import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -36,6 +35,7 @@ from tinyllava.eval.benchmarks import (
 )
 from tinyllava.eval.benchmarks._files import read_jsonl
 from tinyllava.eval.benchmarks._layouts import DataFiles
+from tinyllava.files import parse_json
 
 CATEGORIES = ("adversarial", "popular", "random")
 LLAVA_FILE = "llava_pope_test.jsonl"
@@ -110,7 +110,7 @@ def _build_question(qid: str | int, text: str, category: str, label: dict[str, A
 def _has_official_form(file: Path) -> bool:
     """Whether the first line of a file has POPE's own form, which has no ids."""
     try:
-        first = json.loads(file.read_bytes().split(b"\n", 1)[0])
+        first = parse_json(file.read_bytes().split(b"\n", 1)[0])
     except ValueError:
         return False
     return isinstance(first, dict) and {"question", "answer"} <= set(first) and "question_id" not in first

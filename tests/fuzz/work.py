@@ -1,0 +1,26 @@
+"""What one process of `python -m tests.fuzz` does. faulthandler writes where a C library crashes."""
+
+import faulthandler
+import pickle
+import sys
+from mmap import mmap
+from pathlib import Path
+
+from tests.fuzz.harness import PROCESSES, run_target
+
+CURRENT = 8192  # bytes of the file with the input that is being tried
+
+
+def main(name: str, seconds: str, chunks: str, seed: str, folder: str) -> None:
+    place = Path(folder)
+    faulthandler.enable()
+    (place / "scratch").mkdir()
+    (place / "current").write_bytes(bytes(CURRENT))
+    with (place / "current").open("r+b") as file:
+        limits = float(seconds), int(chunks) or None
+        tallies = run_target(name, *limits, int(seed), PROCESSES, place / "scratch", mmap(file.fileno(), 0))
+    (place / "report").write_bytes(pickle.dumps(tallies))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
