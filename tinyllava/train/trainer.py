@@ -31,7 +31,7 @@ from tinyllava.data.streaming import StreamingDataset
 from tinyllava.errors import UserError
 from tinyllava.model.vlm import VLM
 from tinyllava.runs import has_stopped_early, make_room, rotate_checkpoints
-from tinyllava.train.batching import PlannedBatches, PlannedDataset, PlannedLoader, PlannedStream
+from tinyllava.train.batching import PlannedBatches, PlannedDataset, PlannedLoader, StreamLoader, StreamShare
 from tinyllava.train.checkpoints import CheckpointWriter
 from tinyllava.train.plan import Plan
 from tinyllava.train.tune import find_layer_classes, make_parameter_groups
@@ -62,6 +62,7 @@ class Trainer(transformers.Trainer):
         self.stage, self.dataset, self.writer, self.order = stage, dataset, writer, order
         self.waited = 0.0  # seconds spent waiting for data since the last log
         self.skipped: set[int] = set()  # samples whose images could not be read
+        self.stream: StreamLoader | None = None
         self.logged_at: float | None = None
         self.partial: Path | None = None  # where a checkpoint is being written
         self.final_step: int | None = None  # of the best weights, once they are loaded
@@ -89,8 +90,10 @@ class Trainer(transformers.Trainer):
         kwargs |= {"num_workers": workers, "pin_memory": args.dataloader_pin_memory and torch.cuda.is_available()}
         kwargs |= {"multiprocessing_context": args.dataloader_multiprocessing_context if workers else None}
         if isinstance(self.dataset, StreamingDataset):
-            stream = PlannedStream(self.dataset, *shape, args.process_index, self.data_collator)
-            return DataLoader(stream, batch_size=None, **{**kwargs, "num_workers": min(1, workers)})
+            size, micro, world = shape
+            share = StreamShare(self.dataset, size, world, args.process_index)
+            self.stream = StreamLoader(share, micro, self.data_collator, **kwargs)
+            return self.stream
         plan = Plan(self.dataset.lengths, *shape, seed=args.data_seed, order=self.order)
         batches = PlannedBatches(plan, args.process_index)
         dataset = PlannedDataset(self.dataset)
@@ -135,9 +138,8 @@ class Trainer(transformers.Trainer):
         return loss
 
     def _list_ids(self, index: Tensor, most: int = 8) -> str:
-        """The ids of the first `most` samples, or their numbers in a stream."""
-        ids = None if isinstance(self.dataset, StreamingDataset) else self.dataset.ids  # a stream keeps no ids
-        names = [str(sample if ids is None else ids[sample]) for sample in index.tolist()]
+        """The ids of the first `most` samples."""
+        names = [self.dataset.ids[sample] for sample in index.tolist()]
         return ", ".join(names[:most]) + (" ..." if len(names) > most else "")
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -164,12 +166,18 @@ class Trainer(transformers.Trainer):
             for group in groups:
                 ratio = group.get("initial_lr", group["lr"]) / first if first else 1.0
                 logs[f"lr/{group['part']}"] = logs["learning_rate"] * ratio
+        if self.stream is not None:  # HF counts the steps of a stream from its resume on
+            self.state.epoch = self.state.global_step / self.state.max_steps
         super().log(logs, start_time)
 
     # -- resuming ------------------------------------------------------------------------------------------------------
 
     def _init_training_state(self, max_steps: int, *args: Any) -> tuple[int, int]:
         start = super()._init_training_state(max_steps, *args)
+        *_, resumed, _ = args
+        if resumed and self.stream is not None:
+            self.stream.load(Path(resumed), self.state.global_step)
+            start = (0, 0)  # nothing is to be skipped
         # HF takes the intervals of logs, saves and evaluations from the checkpoint. They may change at a resume.
         self.state.compute_steps(self.args, max_steps)
         # A run that was killed after its last step, but before `final`: HF would train one step more.
@@ -259,6 +267,11 @@ class Trainer(transformers.Trainer):
         if self.args.should_save:
             rotate_checkpoints(final, self.args.save_total_limit, f"checkpoint-{self.state.best_global_step}")
         self.accelerator.wait_for_everyone()
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        if self.stream is not None:
+            self.stream.save(Path(output_dir), self.args.process_index)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         if self.args.should_save:  # HF calls this on all ranks, because all had to gather sharded weights

@@ -74,9 +74,9 @@ def open_json(spec: DataSpec, cache: Path, to_sample: Callable[[dict[str, Any]],
             _convert(path, target)
     with pa.OSFile(str(target), "rb") as stream:
         content = pa.ipc.open_stream(stream).schema.metadata[b"sha256"].decode()
-    table = datasets.Dataset.from_file(str(target))
-    records = table.to_iterable_dataset() if spec.streaming else table.with_format("arrow")
-    return Source(spec.path, records, to_sample, list_image_folders(spec, [str(path.parent)]), content, content)
+    records = datasets.Dataset.from_file(str(target)).with_format("arrow")
+    roots = list_image_folders(spec, [str(path.parent)])
+    return Source(spec.path, records, to_sample, roots, content, content, mapped_stream=spec.streaming)
 
 
 def _convert(path: Path, target: Path) -> None:

@@ -38,6 +38,9 @@ def read(spec: DataSpec, cache_dir: Path) -> Source:
     except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
         raise UserError(_explain(spec, error)) from None
     columns = records.column_names or list(next(iter(records), {}))
+    if "__url__" in columns:
+        tars = f"hf://datasets/{spec.path}/**/*.tar"
+        raise UserError(f"{spec.path} consists of tar files. Name them: `path: {tars}`, with `streaming: true`.")
     if "conversations" not in columns and "messages" not in columns:
         raise UserError(
             f"{spec.path} has the columns {', '.join(columns)}: expected `conversations` (LLaVA) or `messages`. "
@@ -48,10 +51,14 @@ def read(spec: DataSpec, cache_dir: Path) -> Source:
     roots = list_image_folders(spec, [str(local if local.is_dir() else local.parent)] if local.exists() else [])
     if isinstance(records, datasets.IterableDataset):
         named = digest(spec.path, spec.name, spec.split, columns)
-        files = hash_files(spec.path) or named  # on the Hub, only the names are known
-        return Source(spec.path, records.decode(False), record_format.to_sample, roots, named, files)
+        local_files = hash_files(spec.path)
+        if local_files:  # on the Hub, only the names are known
+            records = records.reshard()  # by row group, which opens every file
+        stream = records.decode(False).with_format("arrow")
+        return Source(spec.path, stream, record_format.to_sample, roots, named, local_files or named)
     records = records.with_format("arrow")  # undecoded
-    return Source(spec.path, records, record_format.to_sample, roots, hash_records(records), records._fingerprint)
+    content = hash_records(records), records._fingerprint
+    return Source(spec.path, records, record_format.to_sample, roots, *content, mapped_stream=spec.streaming)
 
 
 def _load(spec: DataSpec, cache_dir: Path) -> datasets.Dataset | datasets.IterableDataset:
@@ -62,7 +69,7 @@ def _load(spec: DataSpec, cache_dir: Path) -> datasets.Dataset | datasets.Iterab
             if spec.split not in saved:
                 raise ValueError(f"unknown split '{spec.split}'; it has {', '.join(saved)}")
             saved = saved[spec.split]
-        return saved.to_iterable_dataset() if spec.streaming else saved
+        return saved
     # What comes from the Hub stays in the Hub's own cache.
     cache = str(cache_dir / "datasets") if path.suffix == ".parquet" or path.is_dir() else None
     named = {"path": spec.path, "name": spec.name, "split": spec.split}
