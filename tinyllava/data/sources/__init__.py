@@ -24,6 +24,7 @@ from tinyllava.config import DataSpec
 from tinyllava.data.sources import hub, llava_json, messages, stamps, tar
 from tinyllava.data.sources._json import check_exists, parse_records
 from tinyllava.data.sources.source import Source as Source
+from tinyllava.data.sources.source import map_tables as map_tables
 from tinyllava.data.sources.source import unpack as unpack
 from tinyllava.errors import UserError
 from tinyllava.factory import suggest_known

@@ -13,10 +13,10 @@ import datasets
 
 import tinyllava.data.sources.llava_json as llava_json
 import tinyllava.data.sources.messages as messages
-from tinyllava.cache import digest, hash_files
+from tinyllava.cache import digest, hash_files, list_files, open_entry
 from tinyllava.config import DataSpec
 from tinyllava.data.sources._json import SUFFIXES
-from tinyllava.data.sources.source import Source, list_image_folders
+from tinyllava.data.sources.source import Source, list_image_folders, map_tables
 from tinyllava.errors import UserError
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -77,7 +77,18 @@ def _load(spec: DataSpec, cache_dir: Path) -> datasets.Dataset | datasets.Iterab
         named = {"path": "parquet", "data_files": str(path), "split": "train"}
     elif not path.exists() and not HUB_ID.fullmatch(spec.path):
         raise FileNotFoundError("no such file or folder")
-    return datasets.load_dataset(**named, streaming=spec.streaming, cache_dir=cache)
+    if spec.streaming or cache is None:
+        return datasets.load_dataset(**named, streaming=spec.streaming, cache_dir=cache)
+
+    def convert() -> list[Path]:
+        table = datasets.load_dataset(**named, cache_dir=cache, download_mode="force_redownload")
+        return [Path(file["filename"]) for file in table.cache_files]
+
+    times = [file.stat().st_mtime_ns for file in list_files(spec.path)]
+    target = Path(cache) / f"{digest(hash_files(spec.path), spec.path, times, spec.name, spec.split)}.arrow"
+    table = open_entry(target, spec.path, convert, map_tables)
+    table._fingerprint = target.stem  # of the content: its own is of the times of the files in the cache
+    return table
 
 
 def _explain(spec: DataSpec, error: Exception) -> str:

@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -87,6 +88,11 @@ class Source:
         for record in self.iterate():
             with suppress(SampleError):
                 yield self.to_sample(record)
+
+
+def map_tables(files: list[Path]) -> datasets.Dataset:
+    """Arrow files of the cache as one table. It is memory-mapped: no process reads it whole."""
+    return datasets.concatenate_datasets([datasets.Dataset.from_file(str(file)) for file in files])
 
 
 def to_raw_records(table: pa.Table, start: int = 0) -> list[dict[str, Any]]:
