@@ -45,7 +45,7 @@ def show_cache(
     """List the cache of prepared data: its entries, their size, when they were used, and where they are from."""
     root = find_cache_root()
     entries = sorted(list_entries(root), key=lambda entry: -entry.used)
-    table = Table("entry", "from", "size", "last used", "", box=None, pad_edge=False)
+    table = Table("entry", "from", "size", "last used", "state", box=None, pad_edge=False)
     for entry in entries:
         day = time.strftime("%Y-%m-%d", time.localtime(entry.used))
         table.add_row(entry.kind, escape(entry.source), format_size(entry.size), day, entry.state)
@@ -73,7 +73,7 @@ def list_entries(root: Path) -> Iterator[CacheEntry]:
             files = [path, *(path.parent / name for name in described.get("files", ()))]
             files += [file for file in path.parent.glob(f"{path.stem}[._]*") if file.suffix != ".lock"]
             known |= set(files := sorted(set(files)))
-            source = described["source"][-36:] if described else "?"
+            source = described["source"][-30:] if described else "?"
             yield judge_entry(CacheEntry(path, kind, source, files, path.stat().st_mtime), not described)
     for kind in FOLDERS:
         for path in (root / kind).glob("[!.]*"):

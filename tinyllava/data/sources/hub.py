@@ -54,7 +54,9 @@ def read(spec: DataSpec, cache_dir: Path) -> Source:
         local_files = hash_files(spec.path)
         if local_files:  # on the Hub, only the names are known
             records = records.reshard()  # by row group, which opens every file
-        stream = records.decode(False).with_format("arrow")
+        stream = records.decode(False)
+        if records._ex_iterable.iter_arrow:  # rows of Python objects may have types that Arrow cannot join
+            stream = stream.with_format("arrow")
         return Source(spec.path, stream, record_format.to_sample, roots, named, local_files or named)
     records = records.with_format("arrow")  # undecoded
     content = hash_records(records), records._fingerprint

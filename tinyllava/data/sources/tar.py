@@ -26,8 +26,7 @@ from tinyllava.data.sample import Sample, SampleError
 from tinyllava.data.sources.source import Source, unpack
 from tinyllava.errors import UserError
 
-COLUMNS = {name: datasets.Value("string") for name in ("id", "record")}
-COLUMNS["pictures"] = datasets.List(datasets.Value("binary"))
+BLOCK = 512  # bytes: a tar file ends with blocks of zeros
 
 
 def matches(path: str) -> bool:
@@ -49,8 +48,8 @@ def read(spec: DataSpec, cache_dir: Path) -> Source:
         raise UserError(f"{spec.path}: tar files are read one after the other. Set `streaming: true`.")
     named = digest(spec.path, *map(str, files))
     urls = {"files": [system.unstrip_protocol(file) for file in files]}
-    records = datasets.IterableDataset.from_generator(_read_tars, datasets.Features(COLUMNS), gen_kwargs=urls)
-    return Source(spec.path, records.with_format("arrow"), to_sample, [], named, hash_files(pattern) or named)
+    records = datasets.IterableDataset.from_generator(_read_tars, gen_kwargs=urls)
+    return Source(spec.path, records, to_sample, [], named, hash_files(pattern) or named)
 
 
 def to_sample(record: dict[str, Any]) -> Sample:
@@ -66,7 +65,12 @@ def to_sample(record: dict[str, Any]) -> Sample:
 def _read_tars(files: list[str]) -> Iterator[dict[str, Any]]:
     for file in files:
         try:
-            with fsspec.open(file, "rb") as stream, tarfile.open(fileobj=stream, mode="r|") as archive:
+            with fsspec.open(file, "rb") as stream:
+                stream.seek(-min(BLOCK, stream.size), 2)
+                if stream.read().strip(b"\0"):  # tarfile takes a file that was cut for one that ends
+                    raise EOFError("its end is missing")
+                stream.seek(0)
+                archive = tarfile.open(fileobj=stream, mode="r|")  # noqa: SIM115
                 for key, group in groupby(_iterate_members(archive), lambda member: _split_name(member.name)[0]):
                     # Each is read before the next one is found: the archive is not rewound.
                     contents = {_split_name(member.name)[1]: archive.extractfile(member).read() for member in group}
