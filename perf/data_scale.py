@@ -19,7 +19,7 @@ from itertools import islice
 from pathlib import Path
 
 FILES = 64
-WORDS = "the cat sits on a red mat and looks at the small blue bird that sings in the old tree by the river".split()
+ANSWER = " the cat sits on a red mat and looks at the small blue bird that sings in the old tree by the river" * 6
 
 
 def write_parquet(folder: Path, count: int) -> str:
@@ -27,9 +27,8 @@ def write_parquet(folder: Path, count: int) -> str:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    answer = " ".join(WORDS * 6)
     turn = pa.struct([("from", pa.string()), ("value", pa.string())])
-    turns = [{"from": "human", "value": "What is it?"}, {"from": "gpt", "value": answer}]
+    turns = [{"from": "human", "value": "What is it?"}, {"from": "gpt", "value": ANSWER}]
     for number in range(FILES):
         ids = [str(row) for row in range(number * count // FILES, (number + 1) * count // FILES)]
         column = pa.array([turns] * len(ids), pa.list_(turn))
@@ -40,8 +39,7 @@ def write_parquet(folder: Path, count: int) -> str:
 
 def write_json(folder: Path, count: int) -> str:
     """The same records as JSON lines."""
-    answer = " ".join(WORDS * 6)
-    turns = [{"from": "human", "value": "What is it?"}, {"from": "gpt", "value": answer}]
+    turns = [{"from": "human", "value": "What is it?"}, {"from": "gpt", "value": ANSWER}]
     text = json.dumps({"id": "ROW", "conversations": turns})
     with (folder / "data.jsonl").open("w") as file:
         file.writelines(text.replace("ROW", str(row)) + "\n" for row in range(count))

@@ -46,14 +46,6 @@ class Reading:
         self.queues: dict[int, deque[tuple[Place, dict[str, Any]]]] = {}
         self.joined: dict[int, tuple[int, Place]] = {}  # {lane: (its slot among the lanes of the group, its place)}
 
-    def join(self, lane: int, slot: int, place: Place) -> None:
-        """Deal records to this lane, from its place on."""
-        self.queues[lane], self.joined[lane] = deque(), (slot, place)
-
-    def leave(self, lane: int) -> None:
-        """Deal nothing to this lane any more."""
-        del self.queues[lane], self.joined[lane]
-
     def deal(self, size: int) -> bool:
         """Read a block of up to `size` records and deal it out. False at the end of the pass."""
         block = list(islice(self.rows, size))
@@ -129,13 +121,12 @@ class Dealer:
         for each in peers:
             place = max(self.places[each], Place(turn))  # those in an earlier pass will come
             if place.turn == turn and place[:3] >= start[:3]:
-                reading.join(each, (each // self.groups + turn) % lanes, place)
-                self.readings[each, turn] = reading
+                reading.queues[each], self.readings[each, turn] = deque(), reading
+                reading.joined[each] = (each // self.groups + turn) % lanes, place
         return reading
 
     def _limit(self, reading: Reading) -> None:
         """Part with the slowest lanes if too many records wait for them: they will open a reading of their own."""
         while sum(map(len, reading.queues.values())) > QUEUED:
             slowest = max(reading.queues, key=lambda lane: len(reading.queues[lane]))
-            reading.leave(slowest)
-            del self.readings[slowest, reading.turn]
+            del reading.queues[slowest], reading.joined[slowest], self.readings[slowest, reading.turn]

@@ -101,20 +101,16 @@ class StreamLoader(DataLoader):
     def save(self, directory: Path, rank: int) -> None:
         """Write where the lanes of this rank are after the last step."""
         places = [[*key, *place] for key, place in sorted(self.share.places.items())]
-        (directory / f"stream-{rank}.json").write_text(json.dumps({"lanes": self.share.total, "places": places}))
+        (directory / f"stream-{rank}.json").write_text(json.dumps({"places": places}))
 
     def load(self, checkpoint: Path, step: int) -> None:
         """Continue after `step`, whatever the number of ranks was. Raises UserError if the places are not known."""
-        places, lanes = {}, set()
-        for file in checkpoint.glob("stream-*.json"):
-            for lane, source, *place in read_json(file)["places"]:
-                places[lane, source] = Place(*place)
-                lanes.add(lane)
-        if missing := self.share.total - len(lanes):
+        rows = [row for file in checkpoint.glob("stream-*.json") for row in read_json(file)["places"]]
+        places = {(lane, source): Place(*place) for lane, source, *place in rows}
+        if missing := self.share.total - len({lane for lane, _ in places}):
             raise UserError(
                 f"{checkpoint} does not say where {missing} of {self.share.total} lanes of the streamed data are. "
                 f"An earlier version wrote it, or files are missing. {REMEDY}"
             )
-        mine = set(self.share.lanes)
-        self.share.places = {key: place for key, place in places.items() if key[0] in mine}
+        self.share.places = {key: place for key, place in places.items() if key[0] in self.share.lanes}
         self.share.step = step
