@@ -127,6 +127,6 @@ class Dealer:
 
     def _limit(self, reading: Reading) -> None:
         """Part with the slowest lanes if too many records wait for them: they will open a reading of their own."""
-        while sum(map(len, reading.queues.values())) > QUEUED:
+        while sum(map(len, reading.queues.values())) > QUEUED + 2 * reading.lanes:  # more than a block
             slowest = max(reading.queues, key=lambda lane: len(reading.queues[lane]))
             del reading.queues[slowest], reading.joined[slowest], self.readings[slowest, reading.turn]
