@@ -23,6 +23,7 @@ SURFACE = {  # growth is a decision: a new verb or option is added here, with a 
     "score": ["task", "--answers", "--data", "--output", "--allow-partial", "--judge"],
     "export": ["checkpoint", "--to", "--output", "--push", "--dtype", "--lacking"],
     "list": ["kind"],
+    "data cache": ["--prune"],
     "data check": ["source", "--images"],
     "data prepare": ["names", "--root", "--check"],
     "doctor": ["checkpoint"],

@@ -16,6 +16,7 @@ from typing import Annotated
 
 import typer
 
+from tinyllava.commands.data_cache import show_cache
 from tinyllava.console import guard_tracebacks, is_main_process, messages, output, show_error, show_log, show_traceback
 from tinyllava.errors import Interrupted, UserError
 from tinyllava.interrupt import RESTART, catch_signals
@@ -27,8 +28,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-data_app = typer.Typer(help="Download datasets and check them before training.", no_args_is_help=True)
+data_app = typer.Typer(help="Download datasets, check them before training, and see the cache.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
+data_app.command("cache")(show_cache)
 
 RecipeName = Annotated[
     str, typer.Argument(metavar="RECIPE", help="A name from `tinyllava list recipes`, or a YAML file.")
@@ -210,8 +212,7 @@ def check_data(
     if not report.is_ok:
         output.print(report.make_table())
         raise typer.Exit(1)
-    counts = f"{report.records:,} records, {report.images:,} images, {report.text_only:,} records without an image"
-    output.print(f"{counts}: nothing is wrong.", highlight=False)
+    output.print(f"{report.describe_counts()}: nothing is wrong.", highlight=False)
 
 
 @data_app.command("prepare")

@@ -103,6 +103,8 @@ def explain_hub_error(error: BaseException) -> str:
         if isinstance(link, errors.OfflineModeIsEnabled):
             return "not in the Hub's cache, and HF_HUB_OFFLINE forbids a download"
     return f"neither a directory nor readable from the Hub: {shorten_error(error)}"
+
+
 def parse_json(text: str | bytes) -> Any:
     """The value in a JSON text. Raises ValueError for everything that Python's json raises, a RecursionError too.
 

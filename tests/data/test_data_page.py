@@ -32,7 +32,13 @@ def test_the_page_from_top_to_bottom(
     named += re.findall(rf"{FENCE}(?:python|yaml)\n# (\S+)\n(.*?){FENCE}", PAGE, flags=re.S)
     for name, text in named:
         Path(name).write_text(text)
-    assert {name for name, _ in named} == {"my_data.json", "my_messages.jsonl", "make_table.py", "my-data.yaml"}
+    assert {name for name, _ in named} == {
+        "my_data.json",
+        "my_messages.jsonl",
+        "make_table.py",
+        "my-data.yaml",
+        "my-stream.yaml",
+    }
     subprocess.run([sys.executable, "make_table.py"], check=True, capture_output=True)
     for line in re.findall(r"^tinyllava (data check .*)$", PAGE, flags=re.M):
         result = tinyllava(*shlex.split(line, comments=True))
@@ -43,6 +49,9 @@ def test_the_page_from_top_to_bottom(
     stage = load_recipe("my-data.yaml").stages["finetune"]
     counts = [len(list(open_source(spec).iterate_samples())) for spec in stage.data]
     assert counts == [3, 2, 1] and stage.on_bad_sample == "skip"
+    streams = load_recipe("my-stream.yaml").stages["finetune"]
+    assert streams.trainer["max_steps"] == 10000 and all(spec.streaming for spec in streams.data)
+    assert [sample.id for sample in open_source(streams.data[2]).iterate_samples()] == ["a", "b"]
     Path("red.png").unlink()
     result = tinyllava("data", "check", "my_table.parquet")  # the pictures are inside
     assert result.code == 0, result

@@ -1,5 +1,6 @@
 import pickle
 import re
+from itertools import islice
 
 import datasets
 import numpy as np
@@ -305,32 +306,22 @@ def test_streaming_gives_the_same_items(build, bad, write, llava):
     mapped = build(path)
     folder = mapped.origins[0].roots
     stream = build(DataSpec(path=path, images=folder, streaming=True))
-    items = list(stream)
+    items = list(islice(stream, 5))
     assert [item["index"] for item in items] == [0, 1, 2, 3, 4]
     order = [[item["input_ids"].tolist() for item in mapped].index(item["input_ids"].tolist()) for item in items]
     assert sorted(order) == [0, 1, 2, 3, 4] != order  # shuffled, and always alike
-    assert [item["input_ids"].tolist() for item in stream] == [item["input_ids"].tolist() for item in items]
+    assert [item["input_ids"].tolist() for item in islice(stream, 5)] == [item["input_ids"].tolist() for item in items]
     for a, b in zip(items, (mapped[at] for at in order), strict=True):
         assert a["input_ids"].tolist() == b["input_ids"].tolist() and a["labels"].tolist() == b["labels"].tolist()
         assert (a["pixel_values"] == b["pixel_values"]).all()
 
     spec = DataSpec(path=bad, images=folder, streaming=True)
     stream = build(spec, on_bad_sample="skip")
-    assert len(list(stream)) == 1
+    assert len({item["id"] for item in islice(stream, 2)}) == 1  # and the next pass
     found = {kind: sorted(entry["ids"]) for kind, entry in stream.bad_records.to_dict().items()}
-    assert found == {kind: sorted(ids) for kind, ids in KINDS.items()}
+    assert found.keys() == KINDS.keys()
+    assert all(set(found[kind]) == set(ids) for kind, ids in KINDS.items())
     with pytest.raises(UserError, match=r"record \S+: .*Repair it, or set `on_bad_sample: skip`"):
-        list(build(spec))
+        next(iter(build(spec)))
     with pytest.raises(UserError, match=r"data\.json does not stream but others do"):
         build(spec, DataSpec(path=path, images=folder))
-
-
-def test_streams_are_mixed_by_weight(build, write, llava):
-    specs = []
-    for name, weight in (("a", 1.0), ("b", 3.0)):
-        path = write([llava(f"{name}{n}", None, ("say:", name)) for n in range(200)], f"{name}.json")
-        specs.append(DataSpec(path=path, weight=weight, streaming=True))
-    stream = build(*specs)
-    order = [record["id"][0] for _, record in stream._mix_records()]
-    assert order.count("a") == order.count("b") == 200
-    assert 60 < order[:100].count("b") < 90

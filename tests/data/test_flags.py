@@ -1,6 +1,7 @@
 """What a record says beyond text and images is honoured, or counted by a kind of its own: flags, videos, tools."""
 
 import math
+from itertools import islice
 
 import datasets
 import pytest
@@ -229,7 +230,7 @@ def test_flags_reach_labels_from_every_kind_of_file(build, write, tokenizer, tmp
         data = build(DataSpec(path=path))
         assert [list_learned(data[i], tokenizer) for i in range(3)] == expected, path
         stream = build(DataSpec(path=path, streaming=True))
-        assert sorted(list_learned(item, tokenizer) for item in stream) == sorted(expected), path
+        assert sorted(list_learned(item, tokenizer) for item in islice(stream, 3)) == sorted(expected), path
 
 
 def test_a_record_of_which_nothing_is_learned_is_counted(build, write):
@@ -267,7 +268,8 @@ def test_only_the_last_turn_is_learned_where_the_stage_says_so(build, write, tok
     assert last.supervised.tolist() == [(last[i]["labels"][1:] != -100).sum() for i in range(3)]
     assert every.fingerprint == build(path, on_bad_sample="skip").fingerprint != last.fingerprint
     stream = build(DataSpec(path=path, streaming=True), supervised_turns="last", on_bad_sample="skip")
-    assert sorted(list_learned(item, tokenizer) for item in stream) == [["answer 0"], ["answer 1"], ["answer 2"]]
+    learned = sorted(list_learned(item, tokenizer) for item in islice(stream, 3))
+    assert learned == [["answer 0"], ["answer 1"], ["answer 2"]]
 
 
 def test_a_changed_flag_is_read_again(build, write, tokenizer):
@@ -432,7 +434,7 @@ def test_text_only_rows_of_a_mixed_table(build, write, folder, tmp_path):
             assert images == [full if isinstance(full, list) else [full], *([] for _ in voids)]
     data, stream = (build(DataSpec(path=str(tmp_path / "0.parquet"), streaming=streams)) for streams in (False, True))
     assert [item["pixel_values"] is None for item in data] == [False, True, True, True]
-    assert sorted(item["pixel_values"] is None for item in stream) == [False, True, True, True]
+    assert sorted(item["pixel_values"] is None for item in islice(stream, 4)) == [False, True, True, True]
 
 
 # --- two turns in a row

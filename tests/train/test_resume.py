@@ -7,7 +7,6 @@ import shutil
 import time
 from collections.abc import Callable
 from dataclasses import fields
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +34,6 @@ from tinyllava.runs import (
     rotate_checkpoints,
 )
 from tinyllava.train import stage
-from tinyllava.train.batching import PlannedStream
 from tinyllava.train.callbacks import read_metrics
 from tinyllava.train.record import RunRecord
 
@@ -274,13 +272,6 @@ def test_a_run_that_stopped_early_is_over() -> None:
 
     assert not has_stopped_early(TrainerState()) and not has_stopped_early(save(1))
     assert has_stopped_early(save(2))
-
-
-def test_a_stream_with_less_than_a_step_ends() -> None:
-    assert list(PlannedStream([{"input_ids": [1]}] * 3, 4, 2, 1, 0, list)) == []
-    again = PlannedStream([{"input_ids": [number]} for number in range(5)], 2, 1, 1, 0, list)
-    seen = [batch[0]["input_ids"][0] for batch in islice(again, 9)]
-    assert sorted(seen[:4]) == [0, 1, 2, 3] and seen[4:8] == seen[:4]  # 4 is no whole step, in any pass
 
 
 # -- data --------------------------------------------------------------------------------------------------------------

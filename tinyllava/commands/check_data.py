@@ -90,6 +90,10 @@ class DataReport:
         """Whether there is no bad record."""
         return not self.bad_records
 
+    def describe_counts(self) -> str:
+        """How much was checked."""
+        return f"{self.records:,} records, {self.images:,} images, {self.text_only:,} records without an image"
+
     def make_table(self, first: int = 10) -> Table:
         """Make a rich table of the bad records by kind: the `first` of each, with what is wrong."""
         title = f"{self.records} records, {self.images} images, {self.text_only} records without an image"

@@ -124,7 +124,7 @@ def show_sample(setup: StageSetup, item: dict[str, Any], console: Console) -> No
     """Print one sample: its images with their token counts, and its text with the supervised tokens in green."""
     tokenizer, ids, labels = setup.vlm.processor.tokenizer, item["input_ids"], item["labels"]
     is_stream = isinstance(setup.dataset, StreamingDataset)
-    name = f"sample {item['index'] if is_stream else setup.dataset.ids[item['index']]}"
+    name = f"sample {item['id'] if is_stream else setup.dataset.ids[item['index']]}"
     supervised = int((labels[1:] != IGNORE).sum())
     console.print(f"\n[bold]{escape(name)}[/]  {len(ids)} positions, {supervised} supervised", highlight=False)
     counts = []

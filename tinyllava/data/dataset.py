@@ -21,7 +21,7 @@ import pyarrow.compute as pc
 import torch
 from PIL import Image
 
-from tinyllava.cache import digest, find_cache_root, hash_columns, lock
+from tinyllava.cache import digest, drop_entry, find_cache_root, hash_columns, open_entry
 from tinyllava.config import DataSpec
 from tinyllava.console import silence_progress
 from tinyllava.data.bad_records import BadRecords, WorkerError, describe_bad_record
@@ -32,7 +32,7 @@ from tinyllava.data.labels import IGNORE
 from tinyllava.data.options import DataOptions
 from tinyllava.data.sample import SampleError
 from tinyllava.data.screen import find_usable, read_column
-from tinyllava.data.sources import Source, open_source
+from tinyllava.data.sources import Source, map_tables, open_source
 from tinyllava.data.streaming import StreamingDataset
 from tinyllava.data.template import image_token_id
 from tinyllava.data.tiles import Grid, count_image_tokens, to_draft_size
@@ -203,8 +203,16 @@ def encode_source(source: Source, encoder: Encoder, cache: Path) -> datasets.Dat
     measured_in = source.roots if encoder.tiles else []  # with tiles, a row depends on the size of its images
     key = digest(source.key, encoder.hash_code(), *measured_in)
     target = cache / "tokenised" / f"{key}.arrow"
+    table = open_entry(target, source.path, partial(_tokenise, source, encoder, key, target), map_tables)
+    if encoder.tiles and {"missing_image", "unreadable_image"} & set(table.unique("problem")):
+        drop_entry(target)  # next time the image may be there: do not keep the error in the cache
+    return table
+
+
+def _tokenise(source: Source, encoder: Encoder, key: str, target: Path) -> list[Path]:
+    """Write the rows of `source`: to `target`, or to a file beside it for each process."""
     processes = min(len(source) // RECORDS_PER_PROCESS, os.cpu_count() or 1)
-    with lock(target), silence_progress(len(source) < RECORDS_PER_PROCESS or not sys.stderr.isatty()):
+    with silence_progress(len(source) < RECORDS_PER_PROCESS or not sys.stderr.isatty()):
         table = source.records.map(
             partial(encode_table, encoder=encoder, to_sample=source.to_sample, roots=source.roots),
             batched=True,
@@ -216,10 +224,8 @@ def encode_source(source: Source, encoder: Encoder, cache: Path) -> datasets.Dat
             cache_file_name=str(target),
             new_fingerprint=key,
             desc=f"Tokenising {source.path}",
-        ).with_format(None)
-        if encoder.tiles and {"missing_image", "unreadable_image"} & set(table.unique("problem")):
-            target.unlink(missing_ok=True)  # next time the image may be there: do not keep the error in the cache
-        return table
+        )
+    return [Path(file["filename"]) for file in table.cache_files]
 
 
 def apply_weight(rows: np.ndarray, weight: float, seed: int | tuple[int, ...]) -> np.ndarray:

@@ -1,9 +1,11 @@
 """StreamingDataset: the same items and checks as SupervisedDataset, one after another, for data too large to keep.
 
-Their lengths and their number are not known in advance. The planner takes windows of one global batch from it.
+Their lengths and their number are not known in advance. Its samples come in steps of one global batch (see lanes.py).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -14,19 +16,26 @@ from tinyllava.data.bad_records import SHORTENED, BadRecords, WorkerError, descr
 from tinyllava.data.collate import make_image_inputs
 from tinyllava.data.encode import Encoder, expand
 from tinyllava.data.images import open_image
+from tinyllava.data.lanes import Dealer, Place
 from tinyllava.data.options import DataOptions
 from tinyllava.data.sample import Sample, SampleError
 from tinyllava.data.sources import Source
 from tinyllava.data.tiles import count_image_tokens, to_draft_size
 from tinyllava.errors import UserError
 
+KEPT_STEPS = 64  # whose ids are known, for messages about their losses
+Places = dict[tuple[int, int], Place]  # {(lane, source): where the lane is in the source}
+# Fractions of 2**64 by which a lane's choice of a source moves from step to step, and a step's from lane to lane: the
+# golden ratio and the root of 2. Multiples of such numbers are spread as evenly as can be, in both directions.
+BY_STEP, BY_LANE = 0x9E3779B97F4A7C15, 0x6A09E667F3BCC908
+
 
 class StreamingDataset(torch.utils.data.IterableDataset):
-    """A stream of items like those of SupervisedDataset.
+    """A stream without an end of items like those of SupervisedDataset.
 
-    Shards are shuffled, and records in a buffer of a thousand. Several sources are mixed in proportion to their
-    weights. The order is the same in every run, so a run resumes by skipping. `bad_records` counts what this process
-    dropped.
+    Several sources are mixed by their weights: so evenly that lanes and steps have them in proportion. A bad record is
+    replaced by the next one of its lane and source, and counted in `bad_records`. ids: those of the samples of the
+    latest steps, by index.
     """
 
     def __init__(
@@ -36,52 +45,84 @@ class StreamingDataset(torch.utils.data.IterableDataset):
             raise UserError(
                 f"{mapped[0]} does not stream but others do. Set `streaming: true` for all data of a stage, or none."
             )
-        self.origins, self.weights = origins, np.array([spec.weight for spec in specs])
+        self.origins, weights = origins, np.array([spec.weight for spec in specs])
+        self.shares = np.cumsum(weights / weights.sum())
         self.encoder, self.pixels, self.draft = encoder, options.pixels, options.draft
         self.on_bad_sample, self.seed = options.on_bad_sample, options.seed
-        self.bad_records = BadRecords()
+        self.bad_records, self.ids = BadRecords(), {}
+        self.start = int(np.random.default_rng(options.seed).integers(2**63))  # of the choices of sources
         common = {"streaming": True, "tokenised": encoder.hash_options()}  # what decides the tokens of a record
         self.sources = [
             {"path": spec.path, "fingerprint": source.fingerprint, "files": source.key, "weight": spec.weight, **common}
+            | {"shards": source.count_shards()}
             for spec, source in zip(specs, origins, strict=True)
         ]
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        index = 0
-        for source, record in self._mix_records():
-            try:
-                item = self._make_item(source, source.to_sample(record))
-            except SampleError as error:
-                if self.on_bad_sample == "error":
-                    raise WorkerError(describe_bad_record(record["id"], error)) from None
-                self.bad_records.add(error.kind, record["id"], error.text)
-                continue
-            yield {**item, "index": index}
-            index += 1
+        for items in self.iterate_steps([0], 1):
+            self.receive(items)
+            yield items[0]
 
-    def _mix_records(self) -> Iterator[tuple[Source, dict[str, Any]]]:
-        streams = [source.iterate(self.seed) for source in self.origins]
-        open_streams = list(range(len(streams)))
-        random = np.random.default_rng(self.seed)
-        while open_streams:
-            weights = self.weights[open_streams]
-            chosen = open_streams[random.choice(len(open_streams), p=weights / weights.sum())]
-            record = next(streams[chosen], None)
-            if record is None:
-                open_streams.remove(chosen)
-            else:
-                yield self.origins[chosen], record
+    def iterate_steps(
+        self, lanes: Sequence[int], total: int, places: Mapping[tuple[int, int], Place] | None = None, step: int = 0
+    ) -> Iterator[list[dict[str, Any]]]:
+        """The items of these lanes, of `total`, in every step from `step` on. places: where the lanes are.
 
-    def _make_item(self, source: Source, sample: Sample) -> dict[str, Any]:
+        Each item also has its "id", the "place" of its lane after it, and the bad records "dropped" before it.
+        `receive` takes them out, in the process that trains.
+        """
+        dealers = []
+        for number, source in enumerate(self.origins):
+            here = {lane: place for (lane, other), place in (places or {}).items() if other == number}
+            dealers.append(Dealer(source, (self.seed, number), lanes, total, here))
+        while True:
+            items = []
+            for lane in lanes:
+                number = self.choose_source(step, lane)
+                dropped: list[tuple[str, str, str]] = []
+                item = dealers[number].take(lane, partial(self._make_item, self.origins[number], dropped))
+                place = lane, number, dealers[number].places[lane]
+                items.append({**item, "index": step * total + lane, "place": place, "dropped": dropped})
+            yield items
+            step += 1
+
+    def choose_source(self, step: int, lane: int) -> int:
+        """The source from which a lane takes its sample of a step."""
+        chosen = (self.start + step * BY_STEP + lane * BY_LANE) % 2**64 / 2**64
+        return min(int(np.searchsorted(self.shares, chosen, side="right")), len(self.shares) - 1)
+
+    def receive(self, items: list[dict[str, Any]], places: Places | None = None) -> None:
+        """Take the items of a step over from the process that made them: note their ids, places and bad records."""
+        self.ids |= {item["index"]: item["id"] for item in items}
+        self.ids = dict(islice(self.ids.items(), max(0, len(self.ids) - KEPT_STEPS * len(items)), None))
+        for item in items:
+            lane, number, place = item.pop("place")
+            if places is not None:
+                places[lane, number] = place
+            for bad in item.pop("dropped"):
+                self.bad_records.add(*bad)
+
+    def _make_item(self, source: Source, dropped: list, record: dict[str, Any]) -> dict[str, Any] | None:
+        """The item of a raw record; None for a bad one, which is added to `dropped`."""
+        try:
+            return self._encode(source, source.to_sample(record), dropped)
+        except SampleError as error:
+            if self.on_bad_sample == "error":
+                raise WorkerError(describe_bad_record(record["id"], error)) from None
+            dropped.append((error.kind, record["id"], error.text))
+            return None
+
+    def _encode(self, source: Source, sample: Sample, dropped: list) -> dict[str, Any]:
         encoder, row = self.encoder, self.encoder.encode(sample, source.roots)
         if row["shortened"]:
-            self.bad_records.add(SHORTENED, sample.id, row["detail"])
+            dropped.append((SHORTENED, sample.id, row["detail"]))
         grids = row["grids"]  # shortening may have dropped the last images
         counts = count_image_tokens(encoder.tokens_per_image, grids)
         ids, labels = expand(np.array(row["input_ids"]), np.array(row["labels"]), encoder.image_token, counts)
         kept = zip(sample.images, grids, strict=False)
         images = [open_image(image, source.roots, draft=to_draft_size(self.draft, grid)) for image, grid in kept]
         return {
+            "id": sample.id,
             "input_ids": torch.from_numpy(ids),
             "labels": torch.from_numpy(labels),
             **make_image_inputs(self.pixels, images, grids if encoder.tiles else None),

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import is_gguf_available
 
 from tinyllava import atomic
-from tinyllava.cache import digest, find_cache_root, lock
+from tinyllava.cache import digest, find_cache_root, lock, mark_used
 from tinyllava.console import messages
 from tinyllava.errors import UserError
 
@@ -30,6 +30,7 @@ def convert_gguf(path: Path) -> Path:
                 raise UserError(f"reading {path.name} requires the package gguf: pip install 'tinyllava-factory[gguf]'")
             with messages.status(f"Converting {path.name} (once)"):
                 _convert(path, directory)
+    mark_used(directory)
     return directory
 
 

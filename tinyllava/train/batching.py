@@ -1,15 +1,21 @@
 """Feed the micro-batches of a plan to torch's DataLoader, for data with known lengths and for streams."""
 
+import json
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from tinyllava.data.dataset import SupervisedDataset
 from tinyllava.data.labels import IGNORE
-from tinyllava.data.streaming import StreamingDataset
+from tinyllava.data.lanes import Place
+from tinyllava.data.streaming import Places, StreamingDataset
+from tinyllava.errors import UserError
+from tinyllava.files import read_json
+from tinyllava.runs import REMEDY
 from tinyllava.train.plan import Entry, Plan
 
 
@@ -54,26 +60,57 @@ class PlannedDataset(torch.utils.data.Dataset):
         return item
 
 
-class PlannedStream(IterableDataset):
-    """A stream planned in windows of one optimiser step. Every rank reads all of it and takes its own micro-batches."""
+class StreamShare(IterableDataset):
+    """A rank's lanes of a stream. Each worker process reads a part of them, and yields their items step by step."""
 
-    def __init__(
-        self, dataset: StreamingDataset, size: int, micro: int, world: int, rank: int, collate: Callable[[list], dict]
-    ) -> None:
-        """size: samples of a step, the global batch. micro: of a micro-batch. world: the number of ranks."""
-        self.dataset, self.rank, self.collate, self.shape = dataset, rank, collate, (size, micro, world)
+    def __init__(self, dataset: StreamingDataset, total: int, world: int, rank: int) -> None:
+        """total: lanes of all ranks, which is the global batch."""
+        self.dataset, self.total, self.lanes = dataset, total, range(rank, total, world)
+        self.places: Places = {}
+        self.step = 0  # of the run, where it starts
+
+    def __iter__(self) -> Iterator[list[dict[str, Any]]]:
+        worker = get_worker_info()
+        lanes = self.lanes[worker.id :: worker.num_workers] if worker else self.lanes
+        return self.dataset.iterate_steps(lanes, self.total, self.places, self.step)
+
+
+class StreamLoader(DataLoader):
+    """A rank's micro-batches of a stream. It knows where its lanes are, for the checkpoint."""
+
+    def __init__(self, share: StreamShare, micro: int, collate: Callable[[list], dict], **kwargs: Any) -> None:
+        """micro: samples of a micro-batch."""
+        kwargs["num_workers"] = min(kwargs["num_workers"], len(share.lanes))
+        # A generator of its own: starting workers must not change the random numbers of the training.
+        own = torch.Generator().manual_seed(0)
+        super().__init__(share, batch_size=None, collate_fn=list, generator=own, **{**kwargs, "pin_memory": False})
+        self.share, self.micro, self.collate, self.pins = share, micro, collate, kwargs["pin_memory"]
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        """Passes over the stream without an end: a run resumes by skipping steps, also those of earlier passes."""
-        has_steps, size = True, self.shape[0]
-        while has_steps:
-            has_steps, window = False, []
-            for item in self.dataset:
-                window.append(item)
-                # An incomplete last window is left out, because its ranks would have unequal shares.
-                if len(window) == size:
-                    lengths = [len(sample["input_ids"]) for sample in window]
-                    plan = Plan(lengths, *self.shape, order=range(size))
-                    for batch in plan.iterate_epoch(0, self.rank):
-                        yield self.collate([window[entry.sample] for entry in batch])
-                    has_steps, window = True, []
+        """Micro-batches without an end. Those of a step hold samples of similar length."""
+        parts = super().__iter__()
+        while True:
+            items = [item for _ in range(max(1, self.num_workers)) for item in next(parts)]
+            items.sort(key=lambda item: item["index"])  # whatever the number of workers is
+            self.share.dataset.receive(items, self.share.places)
+            lengths = [len(item["input_ids"]) for item in items]
+            for batch in Plan(lengths, len(items), self.micro, order=range(len(items))).iterate_epoch(0):
+                made = self.collate([items[entry.sample] for entry in batch])
+                yield {name: tensor.pin_memory() for name, tensor in made.items()} if self.pins else made
+
+    def save(self, directory: Path, rank: int) -> None:
+        """Write where the lanes of this rank are after the last step."""
+        places = [[*key, *place] for key, place in sorted(self.share.places.items())]
+        (directory / f"stream-{rank}.json").write_text(json.dumps({"places": places}))
+
+    def load(self, checkpoint: Path, step: int) -> None:
+        """Continue after `step`, whatever the number of ranks was. Raises UserError if the places are not known."""
+        rows = [row for file in checkpoint.glob("stream-*.json") for row in read_json(file)["places"]]
+        places = {(lane, source): Place(*place) for lane, source, *place in rows}
+        if missing := self.share.total - len({lane for lane, _ in places}):
+            raise UserError(
+                f"{checkpoint} does not say where {missing} of {self.share.total} lanes of the streamed data are. "
+                f"An earlier version wrote it, or files are missing. {REMEDY}"
+            )
+        self.share.places = {key: place for key, place in places.items() if key[0] in self.share.lanes}
+        self.share.step = step

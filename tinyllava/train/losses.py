@@ -142,7 +142,6 @@ class LossGuard:
 
 
 def list_ids(dataset: SupervisedDataset | StreamingDataset, index: list[int], most: int = 8) -> str:
-    """The ids of the first `most` samples, or their numbers in a stream."""
-    ids = None if isinstance(dataset, StreamingDataset) else dataset.ids  # a stream keeps no ids
-    names = [str(sample if ids is None else ids[sample])[:80] for sample in index[:most]]
+    """The ids of the first `most` samples."""
+    names = [str(dataset.ids[sample])[:80] for sample in index[:most]]
     return ", ".join(names) + (" ..." if len(index) > most else "")

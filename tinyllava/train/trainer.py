@@ -32,7 +32,7 @@ from tinyllava.data.streaming import StreamingDataset
 from tinyllava.interrupt import shield_worker
 from tinyllava.model.vlm import VLM
 from tinyllava.runs import has_stopped_early, make_room, rotate_checkpoints
-from tinyllava.train.batching import PlannedBatches, PlannedDataset, PlannedLoader, PlannedStream
+from tinyllava.train.batching import PlannedBatches, PlannedDataset, PlannedLoader, StreamLoader, StreamShare
 from tinyllava.train.checkpoints import CheckpointWriter
 from tinyllava.train.guards import PartGuard
 from tinyllava.train.losses import LossGuard
@@ -68,6 +68,7 @@ class Trainer(transformers.Trainer):
         self.is_idle = False  # whether the current step is skipped, because no image of it could be read
         self.longest_first = True  # but a run that an earlier version began keeps its order
         self.losses, self.part_guard = LossGuard(dataset, vlm.model, callbacks[0], args.fp16), PartGuard()
+        self.stream: StreamLoader | None = None
         self.logged_at: float | None = None
         self.partial: Path | None = None  # where a checkpoint is being written
         self.final_step: int | None = None  # of the best weights, once they are loaded
@@ -96,8 +97,10 @@ class Trainer(transformers.Trainer):
         kwargs |= {"prefetch_factor": args.dataloader_prefetch_factor}
         kwargs |= {"multiprocessing_context": args.dataloader_multiprocessing_context if workers else None}
         if isinstance(self.dataset, StreamingDataset):
-            stream = PlannedStream(self.dataset, *shape, args.process_index, self.data_collator)
-            return DataLoader(stream, batch_size=None, **{**kwargs, "num_workers": min(1, workers)})
+            size, micro, world = shape
+            share = StreamShare(self.dataset, size, world, args.process_index)
+            self.stream = StreamLoader(share, micro, self.data_collator, **kwargs)
+            return self.stream
         seed, lengths = args.data_seed, self.dataset.lengths
         plan = Plan(lengths, *shape, seed=seed, order=self.order, longest_first=self.longest_first)
         kwargs |= {"batch_sampler": PlannedBatches(plan, args.process_index), "collate_fn": self.data_collator}
@@ -176,10 +179,16 @@ class Trainer(transformers.Trainer):
             for group in groups:
                 ratio = group.get("initial_lr", group["lr"]) / first if first else 1.0
                 logs[f"lr/{group['part']}"] = logs["learning_rate"] * ratio
+        if self.stream is not None:  # HF counts the steps of a stream from its resume on
+            self.state.epoch = self.state.global_step / self.state.max_steps
         super().log(logs, start_time)
 
     def _init_training_state(self, max_steps: int, *args: Any) -> tuple[int, int]:
         start = super()._init_training_state(max_steps, *args)
+        *_, resumed, _ = args
+        if resumed and self.stream is not None:
+            self.stream.load(Path(resumed), self.state.global_step)
+            start = (0, 0)  # nothing is to be skipped
         # HF takes the intervals of logs, saves and evaluations from the checkpoint. They may change at a resume.
         self.state.compute_steps(self.args, max_steps)
         self.losses.logged = self.state.global_step
@@ -271,6 +280,11 @@ class Trainer(transformers.Trainer):
         if self.args.should_save:
             rotate_checkpoints(final, self.args.save_total_limit, f"checkpoint-{self.state.best_global_step}")
         self.accelerator.wait_for_everyone()
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        if self.stream is not None:
+            self.stream.save(Path(output_dir), self.args.process_index)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         if self.args.should_save:  # HF calls this on all ranks, because all had to gather sharded weights

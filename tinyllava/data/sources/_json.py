@@ -13,6 +13,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -21,10 +22,10 @@ import datasets
 import pyarrow as pa
 
 from tinyllava import atomic
-from tinyllava.cache import digest, lock
+from tinyllava.cache import digest, open_entry
 from tinyllava.config import DataSpec
 from tinyllava.data.sample import Sample
-from tinyllava.data.sources.source import Source, format_id, list_image_folders
+from tinyllava.data.sources.source import Source, format_id, list_image_folders, map_tables
 from tinyllava.errors import UserError
 from tinyllava.files import describe_json_error, replace_surrogates
 
@@ -70,30 +71,32 @@ def open_json(spec: DataSpec, cache: Path, to_sample: Callable[[dict[str, Any]],
     stat = path.stat()
     key = digest("json", str(path.resolve()), stat.st_size, stat.st_mtime_ns)
     target = cache / "records" / f"{path.stem}-{key}.arrow"
-    with lock(target):
-        if not target.exists():
-            _convert(path, target)
-    with pa.OSFile(str(target), "rb") as stream:
+    content, records = open_entry(target, str(path), partial(_convert, path, target), _read_arrow)
+    roots = list_image_folders(spec, [str(path.parent)])
+    return Source(spec.path, records, to_sample, roots, content, content, mapped_stream=spec.streaming)
+
+
+def _read_arrow(files: list[Path]) -> tuple[str, datasets.Dataset]:
+    with pa.OSFile(str(files[0]), "rb") as stream:
         content = pa.ipc.open_stream(stream).schema.metadata[b"sha256"].decode()
-    table = datasets.Dataset.from_file(str(target))
-    records = table.to_iterable_dataset() if spec.streaming else table.with_format("arrow")
-    return Source(spec.path, records, to_sample, list_image_folders(spec, [str(path.parent)]), content, content)
+    return content, map_tables(files).with_format("arrow")
 
 
-def _convert(path: Path, target: Path) -> None:
+def _convert(path: Path, target: Path) -> list[Path]:
     """Write the records of `path` to the Arrow file `target`, with the hash of the file in its schema."""
     with path.open("rb") as stream:
         content = hashlib.file_digest(stream, "sha256").hexdigest()
     schema = SCHEMA.with_metadata({"sha256": content})
     rows = ((format_id(value, row), text) for row, (text, value) in enumerate(parse_records(path)))
     with (
-        atomic.write_file(target) as partial,
-        pa.OSFile(str(partial), "wb") as sink,
+        atomic.write_file(target) as written,
+        pa.OSFile(str(written), "wb") as sink,
         pa.ipc.new_stream(sink, schema) as writer,
     ):
         while batch := list(islice(rows, BATCH)):
             ids, texts = zip(*batch, strict=True)
             writer.write_batch(pa.record_batch([list(ids), list(texts)], schema=schema))
+    return [target]
 
 
 def parse_records(path: Path) -> Iterator[tuple[str, Any]]:

@@ -13,10 +13,10 @@ import datasets
 
 import tinyllava.data.sources.llava_json as llava_json
 import tinyllava.data.sources.messages as messages
-from tinyllava.cache import digest, hash_files
+from tinyllava.cache import digest, hash_files, list_files, open_entry
 from tinyllava.config import DataSpec
 from tinyllava.data.sources._json import SUFFIXES
-from tinyllava.data.sources.source import Source, list_image_folders
+from tinyllava.data.sources.source import Source, list_image_folders, map_tables
 from tinyllava.errors import UserError
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -38,6 +38,9 @@ def read(spec: DataSpec, cache_dir: Path) -> Source:
     except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
         raise UserError(_explain(spec, error)) from None
     columns = records.column_names or list(next(iter(records), {}))
+    if "__url__" in columns:
+        tars = f"hf://datasets/{spec.path}/**/*.tar"
+        raise UserError(f"{spec.path} consists of tar files. Name them: `path: {tars}`, with `streaming: true`.")
     if "conversations" not in columns and "messages" not in columns:
         raise UserError(
             f"{spec.path} has the columns {', '.join(columns)}: expected `conversations` (LLaVA) or `messages`. "
@@ -48,10 +51,16 @@ def read(spec: DataSpec, cache_dir: Path) -> Source:
     roots = list_image_folders(spec, [str(local if local.is_dir() else local.parent)] if local.exists() else [])
     if isinstance(records, datasets.IterableDataset):
         named = digest(spec.path, spec.name, spec.split, columns)
-        files = hash_files(spec.path) or named  # on the Hub, only the names are known
-        return Source(spec.path, records.decode(False), record_format.to_sample, roots, named, files)
+        local_files = hash_files(spec.path)
+        if local_files:  # on the Hub, only the names are known
+            records = records.reshard()  # by row group, which opens every file
+        stream = records.decode(False)
+        if records._ex_iterable.iter_arrow:  # rows of Python objects may have types that Arrow cannot join
+            stream = stream.with_format("arrow")
+        return Source(spec.path, stream, record_format.to_sample, roots, named, local_files or named)
     records = records.with_format("arrow")  # undecoded
-    return Source(spec.path, records, record_format.to_sample, roots, hash_records(records), records._fingerprint)
+    content = hash_records(records), records._fingerprint
+    return Source(spec.path, records, record_format.to_sample, roots, *content, mapped_stream=spec.streaming)
 
 
 def _load(spec: DataSpec, cache_dir: Path) -> datasets.Dataset | datasets.IterableDataset:
@@ -62,7 +71,7 @@ def _load(spec: DataSpec, cache_dir: Path) -> datasets.Dataset | datasets.Iterab
             if spec.split not in saved:
                 raise ValueError(f"unknown split '{spec.split}'; it has {', '.join(saved)}")
             saved = saved[spec.split]
-        return saved.to_iterable_dataset() if spec.streaming else saved
+        return saved
     # What comes from the Hub stays in the Hub's own cache.
     cache = str(cache_dir / "datasets") if path.suffix == ".parquet" or path.is_dir() else None
     named = {"path": spec.path, "name": spec.name, "split": spec.split}
@@ -70,7 +79,18 @@ def _load(spec: DataSpec, cache_dir: Path) -> datasets.Dataset | datasets.Iterab
         named = {"path": "parquet", "data_files": str(path), "split": "train"}
     elif not path.exists() and not HUB_ID.fullmatch(spec.path):
         raise FileNotFoundError("no such file or folder")
-    return datasets.load_dataset(**named, streaming=spec.streaming, cache_dir=cache)
+    if spec.streaming or cache is None:
+        return datasets.load_dataset(**named, streaming=spec.streaming, cache_dir=cache)
+
+    def convert() -> list[Path]:
+        table = datasets.load_dataset(**named, cache_dir=cache, download_mode="force_redownload")
+        return [Path(file["filename"]) for file in table.cache_files]
+
+    times = [file.stat().st_mtime_ns for file in list_files(spec.path)]
+    target = Path(cache) / f"{digest(hash_files(spec.path), spec.path, times, spec.name, spec.split)}.arrow"
+    table = open_entry(target, spec.path, convert, map_tables)
+    table._fingerprint = target.stem  # of the content: its own is of the times of the files in the cache
+    return table
 
 
 def _explain(spec: DataSpec, error: Exception) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 import tinyllava.data.sources.llava_json as llava_json
-from tinyllava.cache import lock
+from tinyllava.cache import mark_used
 from tinyllava.config import DataSpec
 from tinyllava.console import messages
 from tinyllava.data.sources.source import Source
@@ -52,11 +52,12 @@ def compose_tier(tier: str, cache_dir: Path) -> Path:
         bar.start()  # only now, so that nothing is shown for a tier that exists
         bar.update(task, completed=done, total=total)
 
-    with lock(root / tier):
-        try:
-            return prepare_tier(root, tier, SEED, progress)
-        finally:
-            bar.stop()
+    try:
+        folder = prepare_tier(root, tier, SEED, progress)
+    finally:
+        bar.stop()
+    mark_used(folder)
+    return folder
 
 
 def _join_names(names: tuple[str, ...]) -> str:
