@@ -17,8 +17,8 @@ import torch
 from tinyllava.commands.stand_ins import make_stand_ins
 from tinyllava.config import Recipe, load_recipe
 from tinyllava.console import output
+from tinyllava.guards.shortage import count_activations, measure_weights
 from tinyllava.memory import GIB, compute_memory
-from tinyllava.train.estimate import count_activations, measure_weights
 from tinyllava.train.stage import prepare_stage
 from tinyllava.vision_towers import join_tower_configs, split_tower_name
 

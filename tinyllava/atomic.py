@@ -58,6 +58,13 @@ def set_aside(path: Path) -> None:
     logger.warning("%s was not written by this run, and is now %s", path, kept.name)
 
 
+def move_up(directory: Path) -> None:
+    """Move what is in a directory into the one above it, and remove the directory."""
+    for path in list(directory.iterdir()):
+        path.rename(directory.parent / path.name)
+    directory.rmdir()
+
+
 def remove(path: Path) -> None:
     """Remove a file, a link or a directory, if it exists."""
     if path.is_dir() and not path.is_symlink():

@@ -21,3 +21,13 @@ class Interrupted(SystemExit):
 
     def __str__(self) -> str:
         return self.message
+
+
+class WorkerError(UserError):
+    """A UserError inside a DataLoader worker.
+
+    torch raises it again in the main process as `Class(text of the traceback)`. Only the message is kept of that text.
+    """
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text.rsplit("WorkerError: ", 1)[-1].strip())

@@ -31,6 +31,8 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.signal = 0
+        self.agreed = False
+        self.exchanged: torch.Tensor | None = None  # the last exchange between the processes
         self.keys = 0  # how often Ctrl-C was pressed
         self.deferred = False
         self.process = os.getpid()
@@ -67,15 +69,18 @@ class StopRequest:
 
         device: that of this process, for the exchange of one number.
         """
-        arrived = self.signal
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-            import torch
+        if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+            return self.signal > 0
+        if self.agreed:
+            return True
+        import torch
 
-            numbers = torch.tensor(arrived, device=device)
-            torch.distributed.all_reduce(numbers, torch.distributed.ReduceOp.MAX)
-            if arrived := int(numbers):
-                self.signal = arrived
-        return arrived > 0
+        # The answer is that of the exchange before this one: reading this one would wait for the device.
+        earlier, self.exchanged = self.exchanged, torch.tensor(self.signal, device=device)
+        torch.distributed.all_reduce(self.exchanged, torch.distributed.ReduceOp.MAX)
+        if earlier is not None and (arrived := int(earlier)):
+            self.signal, self.agreed = arrived, True
+        return self.agreed
 
     def make_error(self, saved: str, can_resume: bool = True) -> Interrupted:
         """The exception for the signal that arrived. saved: what is saved, as a sentence without its full stop."""

@@ -18,7 +18,7 @@ from tests.tiny_vlm import build_moved_vlm
 from tinyllava import atomic, checkpoint
 from tinyllava.commands.split import write_split
 from tinyllava.data.sample import Message, Sample
-from tinyllava.model.parts import NANO_FOLDER
+from tinyllava.find import NANO_FOLDER
 from tinyllava.model.processor import LOADING
 
 QUESTIONS = ["What?", "How many are there, and what is in the picture beside a red cat and a blue dog?"]

@@ -25,9 +25,9 @@ from tinyllava.checkpoint.adapter import has_adapter
 from tinyllava.config import ModelSpec, load_recipe
 from tinyllava.errors import UserError
 from tinyllava.eval.run import hash_checkpoint
+from tinyllava.find import NANO_FOLDER
 from tinyllava.infer import find_checkpoint
 from tinyllava.model.build import build
-from tinyllava.model.parts import NANO_FOLDER
 from tinyllava.train.stage import run
 
 Damage = Callable[[Path], object]

@@ -16,7 +16,7 @@ from tinyllava import checkpoint
 from tinyllava.commands import probes
 from tinyllava.commands.doctor import EXTRAS, find_problems, list_requirements
 from tinyllava.console import output
-from tinyllava.model.parts import NANO_FOLDER
+from tinyllava.find import NANO_FOLDER
 
 
 def test_doctor_shows_this_machine_in_80_columns(

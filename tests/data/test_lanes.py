@@ -11,9 +11,9 @@ import pytest
 
 from tinyllava.config import DataSpec
 from tinyllava.data import lanes
-from tinyllava.data.lanes import Dealer, Place
 from tinyllava.data.sources import Source, open_source
 from tinyllava.errors import UserError
+from tinyllava.lanes import Dealer, Place
 
 TEXT = datasets.Value("string")
 FEATURES = datasets.Features({"id": TEXT, "messages": datasets.List({"role": TEXT, "content": TEXT})})

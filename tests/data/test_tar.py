@@ -12,10 +12,10 @@ from PIL import Image
 from tinyllava.config import DataSpec
 from tinyllava.data.bad_records import BadRecords
 from tinyllava.data.images import open_image
-from tinyllava.data.lanes import Dealer
 from tinyllava.data.sample import SampleError
 from tinyllava.data.sources import open_source
 from tinyllava.errors import UserError
+from tinyllava.lanes import Dealer
 
 COLOURS = {"red": (250, 5, 5), "green": (5, 250, 5), "blue": (5, 5, 250)}
 

@@ -17,7 +17,7 @@ from tests.source_tree import FILES, name_file, parse_file
 from tinyllava import checkpoint
 from tinyllava.errors import UserError
 from tinyllava.files import check_model_files, explain_hub_error
-from tinyllava.model.parts import NANO_FOLDER
+from tinyllava.find import NANO_FOLDER
 
 INDEX = "model.safetensors.index.json"
 

@@ -14,7 +14,7 @@ from tinyllava.commands.card import make_model_card
 from tinyllava.config import Recipe, load_recipe
 from tinyllava.config.read import parse_recipe
 from tinyllava.data.references import shorten
-from tinyllava.model.parts import NANO_FOLDER
+from tinyllava.find import NANO_FOLDER
 from tinyllava.secrets import HIDDEN, hide_secrets, is_secret_name, mask_settings
 from tinyllava.train import stage
 from tinyllava.train.record import RunRecord

@@ -15,9 +15,9 @@ from tinyllava.config import ModelSpec
 from tinyllava.data.sample import Sample
 from tinyllava.errors import UserError
 from tinyllava.eval.benchmarks.custom import normalize
+from tinyllava.find import NANO_FOLDER
 from tinyllava.infer import Session, find_checkpoint
 from tinyllava.model.build import build
-from tinyllava.model.parts import NANO_FOLDER
 from tinyllava.stamps import get_tier
 from tinyllava.stamps.compose import draw_scene
 from tinyllava.stamps.plan import plan_records

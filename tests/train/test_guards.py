@@ -12,8 +12,9 @@ from tests.conftest import tiny_model
 from tests.train.tiny_run import recipe
 from tinyllava.config import Recipe
 from tinyllava.errors import UserError
-from tinyllava.train import guards, stage
-from tinyllava.train.losses import LossGuard
+from tinyllava.guards import gradients as guards
+from tinyllava.guards.losses import LossGuard
+from tinyllava.train import stage
 from tinyllava.train.record import RunRecord
 
 HERE = "tests.train.test_guards"

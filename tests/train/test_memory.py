@@ -14,9 +14,9 @@ from tests.train.test_stage import ROOT
 from tests.train.tiny_run import recipe
 from tinyllava.config import DataSpec
 from tinyllava.data.collate import Collator
+from tinyllava.guards.shortage import estimate_stage
 from tinyllava.memory import GIB, Memory, Weights, compute_memory, is_out_of_memory
 from tinyllava.train import stage
-from tinyllava.train.estimate import estimate_stage
 
 BILLION = 10**9
 LIMITED = """

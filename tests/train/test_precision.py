@@ -14,9 +14,9 @@ from tests.train.tiny_run import recipe
 from tinyllava import checkpoint
 from tinyllava.data.collate import Collator
 from tinyllava.errors import UserError
+from tinyllava.model.modules import find_part
 from tinyllava.train import stage
 from tinyllava.train.record import RunRecord
-from tinyllava.train.tune import find_part
 
 LORA = {"lora": {"r": 4, "alpha": 8}}
 DORA = {"lora": {"r": 4, "alpha": 8, "use_dora": True}}

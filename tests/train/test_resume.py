@@ -21,8 +21,8 @@ from tests.train.tiny_run import recipe
 from tinyllava import checkpoint
 from tinyllava.config import Recipe
 from tinyllava.errors import UserError
+from tinyllava.find import find_checkpoint
 from tinyllava.identity import EXECUTION, JUDGED, check_data_unchanged
-from tinyllava.infer.find import find_checkpoint
 from tinyllava.locks import lock_run
 from tinyllava.runs import (
     find_last_checkpoint,

@@ -18,7 +18,7 @@ and lists every file with its size, so a directory that is not complete is refus
 
 from tinyllava.checkpoint.layout import explain_not_plain
 from tinyllava.checkpoint.loading import load, restore
-from tinyllava.checkpoint.record import RECORD, is_whole, read_record
 from tinyllava.checkpoint.saving import save
+from tinyllava.record import RECORD, is_whole, read_record
 
 __all__ = ["RECORD", "explain_not_plain", "is_whole", "load", "read_record", "restore", "save"]

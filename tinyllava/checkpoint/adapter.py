@@ -16,9 +16,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 from xxhash import xxh3_128
 
-from tinyllava.checkpoint.layout import PREFIXES, explain_not_plain, is_adapter, to_llava_projector
+from tinyllava.checkpoint.layout import PREFIXES, explain_not_plain, to_llava_projector
 from tinyllava.errors import UserError
 from tinyllava.model.modeling import TinyLlavaForConditionalGeneration
+from tinyllava.model.modules import is_adapter
 
 ADAPTER = "adapter_model.safetensors"
 PEFT_PREFIX = "base_model.model."  # starts every name in that file

@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers import LlavaConfig
 
 from tinyllava.model.modeling import TinyLlavaForConditionalGeneration
+from tinyllava.model.modules import is_adapter
 
 PREFIXES = {"vision_tower": "vision_tower.", "connector": "multi_modal_projector.", "llm": "language_model."}
 # In transformers 5 these towers have no `vision_model.` level in memory; published checkpoints and vLLM have it.
@@ -71,11 +72,6 @@ def get_published_name(model: TinyLlavaForConditionalGeneration, name: str) -> s
     old = next((prefix for prefix in renames if name.startswith(prefix)), "")
     published = renames.get(old, "") + name.removeprefix(old).replace(".base_layer.", ".")
     return DINOV3_LAYERS.sub(r"\1layer.", published) if has_dinov3(model) else published
-
-
-def is_adapter(name: str) -> bool:
-    """Whether a parameter of this name belongs to an adapter: `lora_A`, `lora_B`, DoRA's `lora_magnitude_vector`."""
-    return ".lora_" in name
 
 
 def has_dinov3(model: TinyLlavaForConditionalGeneration) -> bool:

@@ -15,13 +15,13 @@ from peft import PeftConfig
 
 from tinyllava.checkpoint.adapter import ADAPTER, check_base, has_adapter
 from tinyllava.checkpoint.legacy_weights import read_tensors
-from tinyllava.checkpoint.record import check_record
-from tinyllava.checkpoint.weight_files import find_base_files, find_part_files, list_misfits
+from tinyllava.checkpoint.weight_files import find_base_files, list_misfits
 from tinyllava.console import silence_transformers
 from tinyllava.errors import UserError
 from tinyllava.files import FAULTS, read_json, shorten_error
+from tinyllava.find import is_hub_reachable
 from tinyllava.model.modeling import TinyLlavaForConditionalGeneration
-from tinyllava.model.parts import is_hub_reachable
+from tinyllava.record import check_record, find_part_files
 from tinyllava.runs import RECORD
 
 SETTINGS = "adapter_config.json"

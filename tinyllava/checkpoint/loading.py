@@ -15,8 +15,7 @@ from transformers import AutoConfig, LlavaConfig
 from tinyllava.checkpoint import legacy, legacy_hf, legacy_peft, legacy_weights
 from tinyllava.checkpoint.adapter import ADAPTER, PEFT_PREFIX, check_base, has_adapter, map_adapter_names
 from tinyllava.checkpoint.layout import get_published_name
-from tinyllava.checkpoint.record import read_record
-from tinyllava.checkpoint.weight_files import INDEX, find_base_files, list_misfits
+from tinyllava.checkpoint.weight_files import find_base_files, list_misfits
 from tinyllava.config import NATIVE_TEMPLATE
 from tinyllava.console import silence_transformers
 from tinyllava.data.template import Template
@@ -30,6 +29,7 @@ from tinyllava.model.parts import check_unquantised
 from tinyllava.model.processor import build_processor
 from tinyllava.model.quantise import is_quantised, quantise_llm
 from tinyllava.model.vlm import VLM
+from tinyllava.record import INDEX, read_record
 
 
 def load(

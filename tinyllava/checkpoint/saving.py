@@ -9,13 +9,13 @@ from torch import Tensor
 from tinyllava import atomic
 from tinyllava.checkpoint.adapter import has_adapter, write_adapter
 from tinyllava.checkpoint.layout import explain_not_plain, make_plain_config, to_published_state
-from tinyllava.checkpoint.record import FORMAT, write_record
 from tinyllava.checkpoint.weight_files import write_weights
 from tinyllava.engines import UNMERGED_CLASS, list_engines
 from tinyllava.model.configuration import TinyLlavaConfig
 from tinyllava.model.modeling import TinyLlavaForConditionalGeneration
 from tinyllava.model.processor import clean_tokenizer
 from tinyllava.model.vlm import VLM
+from tinyllava.record import FORMAT, write_record
 
 
 def save(

@@ -16,9 +16,8 @@ from tinyllava import atomic
 from tinyllava.checkpoint.layout import PREFIXES
 from tinyllava.errors import UserError
 from tinyllava.files import read_json
+from tinyllava.record import INDEX, WEIGHT_FILES
 
-INDEX = "model.safetensors.index.json"
-FILES = {"vision_tower": "vision_tower", "connector": "connector", "llm": "language_model"}
 SHARD_SIZE = "5GB"
 
 
@@ -44,7 +43,7 @@ def write_weights(
             given = ", ".join(map(str, sources)) or "none given"
             raise UserError(f"the {part} is quantised, and the files of its unquantised weights are missing ({given}).")
         else:
-            files[part] = _write_shards(state, FILES[part], directory)
+            files[part] = _write_shards(state, WEIGHT_FILES[part], directory)
         for file in files[part]:
             names, size = read_weight_names(file)
             weight_map |= dict.fromkeys(names, file.name)
@@ -72,11 +71,6 @@ def read_weight_names(file: Path) -> tuple[list[str], int]:
         length = int.from_bytes(raw.read(8), "little")
         names = json.loads(raw.read(length)).keys() - {"__metadata__"}
     return sorted(names), file.stat().st_size - 8 - length
-
-
-def find_part_files(directory: Path) -> dict[str, list[Path]]:
-    """The weight files of each part in a checkpoint that `save` wrote."""
-    return {part: sorted(directory.glob(f"{stem}*.safetensors")) for part, stem in FILES.items()}
 
 
 def find_base_files(directory: Path) -> list[Path]:

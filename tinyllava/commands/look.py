@@ -27,7 +27,7 @@ from tinyllava.data.streaming import StreamingDataset
 from tinyllava.data.template import image_token_id
 from tinyllava.data.tiles import count_image_tokens
 from tinyllava.engines import list_lines
-from tinyllava.train.estimate import estimate_stage
+from tinyllava.guards.shortage import estimate_stage
 from tinyllava.train.plan import Plan
 from tinyllava.train.stage import StageSetup, check_stages, prepare_stage
 

@@ -21,12 +21,12 @@ from safetensors.torch import save_file
 
 from tinyllava import checkpoint
 from tinyllava.checkpoint.adapter import ADAPTER, PEFT_PREFIX, has_adapter, hash_weights, map_adapter_names
-from tinyllava.checkpoint.record import write_record
 from tinyllava.checkpoint.weight_files import find_base_files
 from tinyllava.errors import UserError
 from tinyllava.files import read_json
 from tinyllava.model.modeling import TinyLlavaForConditionalGeneration
 from tinyllava.model.vlm import VLM
+from tinyllava.record import write_record
 
 LLM = "model.language_model."
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # the values of vLLM's --max-lora-rank

@@ -17,8 +17,9 @@ from PIL import Image
 from tinyllava import checkpoint
 from tinyllava.config import DataSpec, ModelSpec, Recipe
 from tinyllava.errors import UserError
+from tinyllava.find import locate_part
 from tinyllava.model.build import build, get_default_template
-from tinyllava.model.parts import locate_part, make_part_config
+from tinyllava.model.parts import make_part_config
 from tinyllava.train.start import make_tokenizer
 from tinyllava.vision_towers import join_tower_configs, split_tower_name
 

@@ -15,9 +15,8 @@ from tinyllava.checkpoint import legacy, legacy_peft, read_record
 from tinyllava.console import messages
 from tinyllava.errors import UserError
 from tinyllava.files import check_model_files, read_json
+from tinyllava.find import NANO, download_checkpoint, locate_part
 from tinyllava.hashes import ALGORITHM, FOR_PEOPLE, compare_again, list_damage
-from tinyllava.infer.find import download_checkpoint
-from tinyllava.model.parts import NANO, locate_part
 from tinyllava.runs import FINAL, NUMBERED, OPTIMIZER_FILES, RECORD, find_resume_fault, read_run
 
 MARKERS = (RECORD, "config.json", "adapter_config.json")  # one of them is in every checkpoint

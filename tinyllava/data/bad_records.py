@@ -57,16 +57,6 @@ class BadRecords:
         return ", ".join(entry["ids"][:number]) + (", ..." if entry["count"] > number else "")
 
 
-class WorkerError(UserError):
-    """A UserError inside a DataLoader worker.
-
-    torch raises it again in the main process as `Class(text of the traceback)`. Only the message is kept of that text.
-    """
-
-    def __init__(self, text: str) -> None:
-        super().__init__(text.rsplit("WorkerError: ", 1)[-1].strip())
-
-
 def describe_bad_record(identity: str, error: SampleError) -> str:
     """The message for one record that is found to be bad while it is loaded."""
     return f"record {identity:.80}: {error.text}. Repair it, or set `on_bad_sample: skip`."

@@ -24,7 +24,7 @@ from PIL import Image
 from tinyllava.cache import digest, drop_entry, find_cache_root, hash_columns, open_entry
 from tinyllava.config import DataSpec
 from tinyllava.console import silence_progress
-from tinyllava.data.bad_records import BadRecords, WorkerError, describe_bad_record
+from tinyllava.data.bad_records import BadRecords, describe_bad_record
 from tinyllava.data.collate import make_image_inputs
 from tinyllava.data.encode import FEATURES, Encoder, encode_table, expand
 from tinyllava.data.images import make_blank_image, open_image
@@ -36,7 +36,7 @@ from tinyllava.data.sources import Source, map_tables, open_source
 from tinyllava.data.streaming import StreamingDataset
 from tinyllava.data.template import image_token_id
 from tinyllava.data.tiles import Grid, count_image_tokens, to_draft_size
-from tinyllava.errors import UserError
+from tinyllava.errors import UserError, WorkerError
 
 ROW_CONTENT = ("input_ids", "labels", "images", "length", "supervised")  # what decides the result of training
 RECORDS_PER_PROCESS = 5_000  # five seconds of tokenising; a process takes one second to start

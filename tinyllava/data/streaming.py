@@ -12,16 +12,16 @@ import numpy as np
 import torch
 
 from tinyllava.config import DataSpec
-from tinyllava.data.bad_records import SHORTENED, BadRecords, WorkerError, describe_bad_record
+from tinyllava.data.bad_records import SHORTENED, BadRecords, describe_bad_record
 from tinyllava.data.collate import make_image_inputs
 from tinyllava.data.encode import Encoder, expand
 from tinyllava.data.images import open_image
-from tinyllava.data.lanes import Dealer, Place
 from tinyllava.data.options import DataOptions
 from tinyllava.data.sample import Sample, SampleError
 from tinyllava.data.sources import Source
 from tinyllava.data.tiles import count_image_tokens, to_draft_size
-from tinyllava.errors import UserError
+from tinyllava.errors import UserError, WorkerError
+from tinyllava.lanes import Dealer, Place
 
 KEPT_STEPS = 64  # whose ids are known, for messages about their losses
 Places = dict[tuple[int, int], Place]  # {(lane, source): where the lane is in the source}

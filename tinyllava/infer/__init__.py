@@ -5,7 +5,7 @@ prompts once. `image_encoder.py` encodes every image once. `answer.py` decodes a
 scores given answers. `prompts.py` groups prompts into batches. `find.py` finds checkpoints and devices.
 """
 
-from tinyllava.infer.find import find_checkpoint
+from tinyllava.find import find_checkpoint
 from tinyllava.infer.likelihood import Likelihood
 from tinyllava.infer.session import Session
 

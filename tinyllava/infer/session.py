@@ -27,10 +27,11 @@ from tinyllava import checkpoint
 from tinyllava.data.images import Reference, open_image
 from tinyllava.data.sample import IMAGE_PART, IMAGE_TOKEN, Message, Sample, SampleError
 from tinyllava.errors import UserError
+from tinyllava.find import find_checkpoint
 from tinyllava.generation import Decoding, check_answers, check_options, parse_decoding
 from tinyllava.infer.answer import AnswerReader, StopWhen, stream_ids
+from tinyllava.infer.device import find_device, find_dtype
 from tinyllava.infer.engine import Engine, make_padding_mask
-from tinyllava.infer.find import find_checkpoint, find_device, find_dtype
 from tinyllava.infer.image_encoder import ImageEncoder, PromptSlice
 from tinyllava.infer.likelihood import Likelihood, score_options, tokenize_answer
 from tinyllava.infer.prompts import POSITIONS, Prompt, make_batches, make_image_key, make_pools

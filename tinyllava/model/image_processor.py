@@ -28,7 +28,7 @@ from tinyllava.config import VisionTowerSpec
 from tinyllava.errors import UserError
 from tinyllava.factory import check_trusted, load_code
 from tinyllava.files import FAULTS, read_json, shorten_error
-from tinyllava.model.parts import is_hub_reachable, locate_part
+from tinyllava.find import is_hub_reachable, locate_part
 from tinyllava.vision_towers import find_family, split_tower_name
 
 logger = logging.getLogger("tinyllava")

@@ -2,15 +2,11 @@
 
 import logging
 import os
-import socket
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import torch
-from huggingface_hub.constants import ENDPOINT, HF_HUB_OFFLINE
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
@@ -19,6 +15,7 @@ from tinyllava.console import silence_transformers
 from tinyllava.errors import UserError
 from tinyllava.factory import Factory, suggest_nearest
 from tinyllava.files import FAULTS, check_model_files, explain_hub_error, raise_value_errors, shorten_error
+from tinyllava.find import is_hub_reachable, locate_part
 from tinyllava.model import gguf
 from tinyllava.vision_towers import get_family_name, import_tower, join_tower_configs, split_tower_name
 
@@ -27,10 +24,6 @@ FAMILIES = {"llm": "llms", "vision_tower": "vision_towers"}
 IMPORTS = {"llm": Factory("llms").import_file, "vision_tower": import_tower}
 TITLES = {**PART_TITLES, "tokenizer": "tokenizer"}  # names in messages
 PART_KEYS = {"tokenizer": "llm.tokenizer"}  # keys of a recipe's `model:` that differ from the part's name
-PART_FOLDERS = {"tokenizer": "llm"}  # folders of nano/ that differ from the part's name
-# Parts and a trained model that come with the package (docs/nano.md): nano/vision_tower, nano/llm, nano/model.
-NANO = "nano"
-NANO_FOLDER = Path(__file__).parents[1] / NANO
 DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -156,25 +149,6 @@ def load_named(part: str, name: str, load: Callable, **kwargs: Any) -> Any:
             f"cannot load the {TITLES[part]} '{name}': {reason}."
             f" Give a local directory: model.{PART_KEYS.get(part, part)}=/path/to/{name.rstrip('/').rsplit('/', 1)[-1]}"
         ) from None
-
-
-def locate_part(part: str, name: str) -> str:
-    """Where to load the part `name` from: for `nano` a folder of the package, else `name` (`./nano` is your folder)."""
-    return str(NANO_FOLDER / PART_FOLDERS.get(part, part)) if name == NANO else name
-
-
-@cache
-def is_hub_reachable() -> bool:
-    """Whether the Hub can be reached. Without this check, every file costs half a minute of retries when offline."""
-    if HF_HUB_OFFLINE:
-        return False
-    try:
-        hub = urlsplit(ENDPOINT)
-        socket.create_connection((hub.hostname, hub.port or 443), timeout=5).close()
-    except OSError:
-        # Behind a proxy, only the proxy can reach the Hub.
-        return bool(os.environ.get("HTTPS_PROXY") or os.environ.get("https_proxy"))
-    return True
 
 
 def make_part_config(part: str, fields: dict[str, Any]) -> PreTrainedConfig:

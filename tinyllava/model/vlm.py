@@ -16,7 +16,7 @@ class VLM:
 
     model: vision tower, connector and LLM. processor: makes model inputs of images and text; it holds the tokenizer.
     template: the chat format of prompts. record: what made the weights (recipe, stage, step, versions, data; see
-    `checkpoint.record`); empty for a model that was just built.
+    `tinyllava.record`); empty for a model that was just built.
     """
 
     model: TinyLlavaForConditionalGeneration

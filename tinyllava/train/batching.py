@@ -11,10 +11,10 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from tinyllava.data.dataset import SupervisedDataset
 from tinyllava.data.labels import IGNORE
-from tinyllava.data.lanes import Place
 from tinyllava.data.streaming import Places, StreamingDataset
 from tinyllava.errors import UserError
 from tinyllava.files import read_json
+from tinyllava.lanes import Place
 from tinyllava.runs import REMEDY
 from tinyllava.train.plan import Entry, Plan
 
@@ -78,8 +78,18 @@ class StreamShare(IterableDataset):
 class StreamLoader(DataLoader):
     """A rank's micro-batches of a stream. It knows where its lanes are, for the checkpoint."""
 
-    def __init__(self, share: StreamShare, micro: int, collate: Callable[[list], dict], **kwargs: Any) -> None:
-        """micro: samples of a micro-batch."""
+    def __init__(
+        self,
+        dataset: StreamingDataset,
+        size: int,
+        micro: int,
+        world: int,
+        rank: int,
+        collate: Callable[[list], dict],
+        **kwargs: Any,
+    ) -> None:
+        """size: samples of a step, the global batch. micro: of a micro-batch. world: the number of ranks."""
+        share = StreamShare(dataset, size, world, rank)
         kwargs["num_workers"] = min(kwargs["num_workers"], len(share.lanes))
         # A generator of its own: starting workers must not change the random numbers of the training.
         own = torch.Generator().manual_seed(0)

@@ -6,10 +6,10 @@ from pathlib import Path
 from torch import Tensor
 
 from tinyllava import checkpoint
+from tinyllava.model.modules import find_untrained_parts
 from tinyllava.model.vlm import VLM
 from tinyllava.train.record import RunRecord
 from tinyllava.train.start import WeightFiles
-from tinyllava.train.tune import find_untrained_parts
 
 
 class CheckpointWriter:

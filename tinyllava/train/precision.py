@@ -6,10 +6,9 @@ import torch
 from torch import nn
 from transformers import TrainingArguments
 
-from tinyllava.checkpoint.layout import is_adapter
 from tinyllava.config import PARTS
+from tinyllava.model.modules import find_part, is_adapter
 from tinyllava.model.quantise import set_compute_dtype
-from tinyllava.train.tune import find_part
 
 logger = logging.getLogger("tinyllava")
 HALF = (torch.float16, torch.bfloat16)

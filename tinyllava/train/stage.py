@@ -31,6 +31,8 @@ from tinyllava.data.sources import open_source
 from tinyllava.data.streaming import StreamingDataset
 from tinyllava.data.template import Template
 from tinyllava.errors import UserError
+from tinyllava.guards.gradients import require_images
+from tinyllava.guards.shortage import explain_out_of_memory
 from tinyllava.identity import check_data_unchanged, check_moved_data
 from tinyllava.interrupt import catch_signals
 from tinyllava.locks import lock_run
@@ -40,8 +42,6 @@ from tinyllava.trackers import make_run_id, track_as
 from tinyllava.train.arguments import make_arguments
 from tinyllava.train.callbacks import RunLog, Stopper
 from tinyllava.train.checkpoints import CheckpointWriter
-from tinyllava.train.estimate import explain_out_of_memory
-from tinyllava.train.guards import require_images
 from tinyllava.train.precision import set_precision
 from tinyllava.train.record import RunRecord
 from tinyllava.train.sharding import check_sharding
@@ -182,7 +182,7 @@ def prepare_stage(
 
     logger.info("stage %s: reading %s", name, ", ".join(spec.path for spec in stage.data))
     dataset, validation = read_data(recipe, stage, vlm)
-    require_images(name, dataset, parts)
+    require_images(name, dataset, [part.part for part in parts if part.trainable])
     return StageSetup(stage, vlm, parts, dataset, validation, args, files)
 
 

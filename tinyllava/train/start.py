@@ -12,7 +12,6 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from tinyllava import atomic, checkpoint
 from tinyllava.checkpoint.adapter import has_adapter, merge_adapter
-from tinyllava.checkpoint.weight_files import find_part_files
 from tinyllava.config import Recipe, TokenizerSpec
 from tinyllava.console import is_main_process
 from tinyllava.data.sample import Sample
@@ -21,6 +20,7 @@ from tinyllava.data.tokenizer import train_tokenizer
 from tinyllava.model.build import add_tokens, build, load_template
 from tinyllava.model.parts import DTYPES
 from tinyllava.model.vlm import VLM
+from tinyllava.record import find_part_files
 from tinyllava.tuning import Selection
 
 WeightFiles = dict[str, list[Path]]  # {part: the files that hold exactly its weights}

@@ -22,22 +22,22 @@ from transformers.trainer_utils import TrainOutput
 
 from tinyllava import atomic, checkpoint
 from tinyllava.checkpoint.adapter import has_adapter
-from tinyllava.checkpoint.record import add_training_state
 from tinyllava.config import Stage
 from tinyllava.console import is_main_process
 from tinyllava.data.collate import Collator
 from tinyllava.data.dataset import SupervisedDataset
 from tinyllava.data.labels import IGNORE
 from tinyllava.data.streaming import StreamingDataset
+from tinyllava.guards.gradients import PartGuard
+from tinyllava.guards.losses import LossGuard
 from tinyllava.interrupt import shield_worker
 from tinyllava.model.vlm import VLM
+from tinyllava.record import add_training_state
 from tinyllava.runs import has_stopped_early, make_room, rotate_checkpoints
-from tinyllava.train.batching import PlannedBatches, PlannedDataset, PlannedLoader, StreamLoader, StreamShare
+from tinyllava.train.batching import PlannedBatches, PlannedDataset, PlannedLoader, StreamLoader
 from tinyllava.train.checkpoints import CheckpointWriter
-from tinyllava.train.guards import PartGuard
-from tinyllava.train.losses import LossGuard
 from tinyllava.train.plan import Plan
-from tinyllava.train.tune import find_layer_classes, make_parameter_groups
+from tinyllava.train.tune import compute_learning_rates, find_layer_classes, make_parameter_groups
 
 # It warns about intervals and micro-batches that changed since the checkpoint. The run's record names these changes.
 logging.getLogger("transformers.trainer_utils").addFilter(lambda line: "do not match the ones" not in line.getMessage())
@@ -67,7 +67,7 @@ class Trainer(transformers.Trainer):
         self.skipped: set[int] = set()  # samples whose images could not be read
         self.is_idle = False  # whether the current step is skipped, because no image of it could be read
         self.longest_first = True  # but a run that an earlier version began keeps its order
-        self.losses, self.part_guard = LossGuard(dataset, vlm.model, callbacks[0], args.fp16), PartGuard()
+        self.losses, self.part_guard = LossGuard(dataset, vlm.model, callbacks[0].add_line, args.fp16), PartGuard()
         self.stream: StreamLoader | None = None
         self.logged_at: float | None = None
         self.partial: Path | None = None  # where a checkpoint is being written
@@ -93,13 +93,11 @@ class Trainer(transformers.Trainer):
         args, workers = self.args, self.args.dataloader_num_workers
         shape = (self.stage.global_batch_size, args.per_device_train_batch_size, args.world_size)
         kwargs = {"persistent_workers": workers > 0, "num_workers": workers, "worker_init_fn": shield_worker}
-        kwargs |= {"pin_memory": args.dataloader_pin_memory and args.device.type not in ("cpu", "mps")}
-        kwargs |= {"prefetch_factor": args.dataloader_prefetch_factor}
+        pins = args.dataloader_pin_memory and args.device.type not in ("cpu", "mps")
+        kwargs |= {"prefetch_factor": args.dataloader_prefetch_factor, "pin_memory": pins}
         kwargs |= {"multiprocessing_context": args.dataloader_multiprocessing_context if workers else None}
         if isinstance(self.dataset, StreamingDataset):
-            size, micro, world = shape
-            share = StreamShare(self.dataset, size, world, args.process_index)
-            self.stream = StreamLoader(share, micro, self.data_collator, **kwargs)
+            self.stream = StreamLoader(self.dataset, *shape, args.process_index, self.data_collator, **kwargs)
             return self.stream
         seed, lengths = args.data_seed, self.dataset.lengths
         plan = Plan(lengths, *shape, seed=seed, order=self.order, longest_first=self.longest_first)
@@ -173,12 +171,7 @@ class Trainer(transformers.Trainer):
             if self.logged_at is not None and now > self.logged_at:
                 logs["data_wait"] = round(self.waited / (now - self.logged_at), 4)
             self.logged_at, self.waited = now, 0.0
-            # All groups follow one schedule, so the ratio of their rates does not change.
-            groups = self.optimizer.param_groups
-            first = groups[0].get("initial_lr", groups[0]["lr"])
-            for group in groups:
-                ratio = group.get("initial_lr", group["lr"]) / first if first else 1.0
-                logs[f"lr/{group['part']}"] = logs["learning_rate"] * ratio
+            logs |= compute_learning_rates(self.optimizer.param_groups, logs["learning_rate"])
         if self.stream is not None:  # HF counts the steps of a stream from its resume on
             self.state.epoch = self.state.global_step / self.state.max_steps
         super().log(logs, start_time)
@@ -266,10 +259,7 @@ class Trainer(transformers.Trainer):
             super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:  # HF has written into its own checkpoint-N inside the directory: move it up
-                inner = self.partial / final.name
-                for path in list(inner.iterdir()):
-                    path.rename(self.partial / path.name)
-                inner.rmdir()
+                atomic.move_up(self.partial / final.name)
                 # HF has recorded the best checkpoint by its path in the partial directory.
                 best_step = self.state.best_global_step
                 self.state.best_model_checkpoint = best_step and str(final.with_name(f"checkpoint-{best_step}"))

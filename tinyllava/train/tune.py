@@ -16,21 +16,15 @@ from peft import LoraConfig
 from torch import Tensor, nn
 from transformers import set_seed
 
-from tinyllava.checkpoint.layout import is_adapter
 from tinyllava.config import PART_TITLES, PARTS, Tune
 from tinyllava.errors import UserError
 from tinyllava.factory import Factory, suggest_nearest
 from tinyllava.model.modeling import TinyLlavaForConditionalGeneration
-from tinyllava.model.modules import find_blocks
+from tinyllava.model.modules import MODULES, find_blocks, find_part, is_adapter
 from tinyllava.model.quantise import count_weights, quantise
 from tinyllava.tuning import Selection, TunablePart
 
 logger = logging.getLogger("tinyllava")
-MODULES = {  # the name of each part in the model
-    "vision_tower": "model.vision_tower",
-    "connector": "model.multi_modal_projector",
-    "llm": "model.language_model",
-}
 
 
 @dataclass(frozen=True)
@@ -175,21 +169,10 @@ def _check_fields(adapted: Mapping[str, Selection]) -> None:
                 )
 
 
-def find_untrained_parts(model: TinyLlavaForConditionalGeneration) -> list[str]:
-    """The parts whose base weights are not trained: frozen ones, and those under an adapter."""
-    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    return [part for part in PARTS if part not in {find_part(name) for name in trained if not is_adapter(name)}]
-
-
 def find_layer_classes(model: TinyLlavaForConditionalGeneration) -> set[str]:
     """Names of the classes of the repeated layers of vision tower and LLM."""
     parts = (model.get_submodule(MODULES[part]) for part in ("vision_tower", "llm"))
     return {type(part.get_submodule(block)).__name__ for part in parts for block in find_blocks(part)}
-
-
-def find_part(name: str) -> str:
-    """The part that a parameter of the whole model belongs to. The output head belongs to the LLM."""
-    return next((part for part, module in MODULES.items() if name.startswith(module + ".")), "llm")
 
 
 def make_parameter_groups(
@@ -210,6 +193,14 @@ def make_parameter_groups(
         group |= {"lr": getattr(tune, part).lr or lr, "weight_decay": weight_decay if decays else 0.0}
         group["params"].append(parameter)
     return list(groups.values())
+
+
+def compute_learning_rates(groups: list[dict[str, Any]], first_rate: float) -> dict[str, float]:
+    """{lr/PART: its learning rate now}. first_rate: that of the first group."""
+    # All groups follow one schedule, so the ratio of their rates does not change.
+    initial = [group.get("initial_lr", group["lr"]) for group in groups]
+    ratios = [rate / initial[0] if initial[0] else 1.0 for rate in initial]
+    return {f"lr/{group['part']}": first_rate * ratio for group, ratio in zip(groups, ratios, strict=True)}
 
 
 def _describe_part(model: TinyLlavaForConditionalGeneration, part: str, tune: Tune) -> TunedPart:

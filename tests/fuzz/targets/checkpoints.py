@@ -13,11 +13,11 @@ from tests.fuzz.mutate import edit_bytes, make_values, split_words
 from tests.fuzz.targets.answers import edit_json
 from tests.tiny_vlm import build_moved_vlm
 from tinyllava import checkpoint, runs
-from tinyllava.checkpoint.weight_files import find_part_files
 from tinyllava.errors import UserError
 from tinyllava.files import check_model_files
+from tinyllava.find import find_checkpoint
 from tinyllava.infer import Session
-from tinyllava.infer.find import find_checkpoint
+from tinyllava.record import find_part_files
 
 KEYS = split_words("""
     format files model connector template name source compat run step stage recipe_yaml training_state model_type

@@ -13,8 +13,8 @@ from rich.progress import track
 from tinyllava.console import messages
 from tinyllava.data.prepare import Annotations, DatasetDescription, Item, count_shards, find_item
 from tinyllava.data.prepare.fetch import hash_file
-from tinyllava.data.sources._json import parse_records
 from tinyllava.errors import UserError
+from tinyllava.json_records import parse_records
 
 EXAMPLES = 3
 

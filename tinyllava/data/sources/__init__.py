@@ -23,12 +23,13 @@ from tinyllava.cache import find_cache_root
 from tinyllava.config import DataSpec
 from tinyllava.data.images import ImageFolders
 from tinyllava.data.sources import hub, llava_json, messages, stamps, tar
-from tinyllava.data.sources._json import check_exists, parse_records
+from tinyllava.data.sources._json import check_exists
 from tinyllava.data.sources.source import Source as Source
 from tinyllava.data.sources.source import map_tables as map_tables
 from tinyllava.data.sources.source import unpack as unpack
 from tinyllava.errors import UserError
 from tinyllava.factory import suggest_known
+from tinyllava.json_records import parse_records
 
 # In the order in which they are tried. The last two open the file and look at its first records.
 FORMATS = {"stamps": stamps, "tar": tar, "hub": hub, "llava_json": llava_json, "messages": messages}

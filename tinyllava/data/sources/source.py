@@ -11,8 +11,8 @@ import datasets
 import pyarrow as pa
 
 from tinyllava.config import DataSpec
-from tinyllava.data.bad_records import WorkerError
 from tinyllava.data.sample import Sample, SampleError
+from tinyllava.errors import WorkerError
 
 TABLE_ROWS = 64  # rows that become Python objects at the same time: they may contain images
 

@@ -20,11 +20,10 @@ import fsspec
 
 from tinyllava.cache import digest, hash_files
 from tinyllava.config import DataSpec
-from tinyllava.data.bad_records import WorkerError
 from tinyllava.data.images import SUFFIXES
 from tinyllava.data.sample import Sample, SampleError
 from tinyllava.data.sources.source import Source, unpack
-from tinyllava.errors import UserError
+from tinyllava.errors import UserError, WorkerError
 
 BLOCK = 512  # bytes: a tar file ends with blocks of zeros
 

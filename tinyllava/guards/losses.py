@@ -7,9 +7,10 @@ import logging
 import math
 import sys
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from statistics import median
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,7 +21,6 @@ from transformers import TrainerState
 from tinyllava.data.dataset import SupervisedDataset
 from tinyllava.data.streaming import StreamingDataset
 from tinyllava.errors import UserError
-from tinyllava.train.callbacks import RunLog
 
 logger = logging.getLogger("tinyllava")
 # A spike is further above the median of the last losses than SPIKE robust standard deviations (1.4826 * MAD, Leys et
@@ -48,9 +48,13 @@ class LossGuard:
     """
 
     def __init__(
-        self, dataset: SupervisedDataset | StreamingDataset, model: nn.Module, run_log: RunLog, is_fp16: bool
+        self,
+        dataset: SupervisedDataset | StreamingDataset,
+        model: nn.Module,
+        add_line: Callable[[TrainerState, dict[str, Any]], None],
+        is_fp16: bool,
     ) -> None:
-        self.dataset, self.model, self.run_log, self.is_fp16 = dataset, model, run_log, is_fp16
+        self.dataset, self.model, self.add_line, self.is_fp16 = dataset, model, add_line, is_fp16
         self.unread: list[tuple[int, Tensor, list[int]]] = []  # (step, loss, samples) of each micro-batch
         self.last: deque[float] = deque(maxlen=HISTORY)
         self.spikes = 0
@@ -99,7 +103,7 @@ class LossGuard:
             if self.spikes <= MOST_WARNINGS:
                 logger.warning("step %d has a loss of %s; %s is usual. Samples: %s", spike.step, loss, usual, ids)
             facts = {"step": spike.step, "loss_spike": loss, "usual_loss": usual, "samples": ids}
-            self.run_log.add_line(state, facts)
+            self.add_line(state, facts)
 
     def finish(self, state: TrainerState) -> None:
         """Check the last losses. Raises UserError if every step of the stage was skipped."""

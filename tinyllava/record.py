@@ -5,13 +5,14 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from tinyllava.checkpoint.weight_files import INDEX, find_part_files
 from tinyllava.errors import UserError
 from tinyllava.files import read_json
 from tinyllava.hashes import hash_directory, list_damage, seal
 from tinyllava.runs import RECORD
 
 logger = logging.getLogger("tinyllava")
+INDEX = "model.safetensors.index.json"  # of the weight files of all parts
+WEIGHT_FILES = {"vision_tower": "vision_tower", "connector": "connector", "llm": "language_model"}  # begins of names
 WEIGHTS = ("model.safetensors", INDEX, "pytorch_model.bin", "pytorch_model.bin.index.json")
 FORMAT = 2  # of the record; reading a newer one raises an error. Format 1 has the sizes of files instead of hashes
 
@@ -78,3 +79,8 @@ def is_whole(directory: Path) -> bool:
     except UserError as error:
         logger.warning("skipped: %s", error)
         return False
+
+
+def find_part_files(directory: Path) -> dict[str, list[Path]]:
+    """The weight files of each part in a checkpoint that `save` wrote."""
+    return {part: sorted(directory.glob(f"{stem}*.safetensors")) for part, stem in WEIGHT_FILES.items()}

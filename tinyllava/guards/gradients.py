@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from tinyllava.checkpoint.weight_files import list_names
 from tinyllava.config import PART_TITLES
 from tinyllava.data.dataset import SupervisedDataset
 from tinyllava.data.streaming import StreamingDataset
 from tinyllava.errors import UserError
-from tinyllava.train.tune import TunedPart, find_part, find_untrained_parts
+from tinyllava.model.modules import find_part, find_untrained_parts
 
 # A gradient of exactly zero can be right at the beginning: behind a layer that starts at zero (a gate, LoRA's B), and
 # with a warm-up from a learning rate of 0, it is zero for two steps.
@@ -27,14 +28,14 @@ ZERO_STEPS = 5
 EXPERT = re.compile(r"\.experts\.\d+\.")  # an expert that no token was sent to has no gradient in that step
 
 
-def require_images(name: str, dataset: SupervisedDataset | StreamingDataset, parts: Sequence[TunedPart]) -> None:
-    """Raise UserError if vision tower or connector are trained on data without a single image."""
-    trained = [part for part in parts if part.trainable and part.part != "llm"]
+def require_images(stage: str, dataset: SupervisedDataset | StreamingDataset, parts: Sequence[str]) -> None:
+    """Raise UserError if vision tower or connector are trained on data without a single image. parts: the trained."""
+    trained = [part for part in parts if part != "llm"]
     if trained and isinstance(dataset, SupervisedDataset) and not dataset.has_images:
-        tune = ", ".join(f"{part.part}: frozen" for part in trained)
+        tune = ", ".join(f"{part}: frozen" for part in trained)
         raise UserError(
-            f"stage {name}: no sample has an image, so the {trained[0].title} would get no gradient. Add data with"
-            f" images, or set `tune: {{{tune}}}`."
+            f"stage {stage}: no sample has an image, so the {PART_TITLES[trained[0]]} would get no gradient. Add data"
+            f" with images, or set `tune: {{{tune}}}`."
         )
 
 
@@ -96,7 +97,7 @@ class PartGuard(TrainerCallback):
 
     def refuse(self, part: str, what: str, names: Iterable[str]) -> None:
         """Raise the UserError about a part that does not train."""
-        listed = join_names([name for name in names if find_part(name) == part])
+        listed = list_names((name for name in names if find_part(name) == part), 3)
         raise UserError(
             f"the {PART_TITLES[part]} is trained, but has {what}: {listed}. Its forward must use every trained"
             f" parameter without detach() or no_grad(). Or set `tune: {{{part}: frozen}}`."
@@ -108,7 +109,7 @@ class PartGuard(TrainerCallback):
         changed = [name for name, checksum in self.checksums.items() if now.get(name) != checksum]
         if changed:
             raise UserError(
-                f"the {PART_TITLES[find_part(changed[0])]} has frozen weights that changed: {join_names(changed)}."
+                f"the {PART_TITLES[find_part(changed[0])]} has frozen weights that changed: {list_names(changed, 3)}."
                 " Remove the code that writes to them, or train the part. No checkpoint was written of this state."
             )
 
@@ -117,8 +118,8 @@ class PartGuard(TrainerCallback):
         broken = [name for name, weight in self.trained.items() if not get_shard(weight).isfinite().all()]
         if broken:
             raise UserError(
-                f"weights of the {PART_TITLES[find_part(broken[0])]} are not numbers: {join_names(broken)}. Lower the"
-                " learning rate. Earlier checkpoints are intact."
+                f"weights of the {PART_TITLES[find_part(broken[0])]} are not numbers: {list_names(broken, 3)}. Lower"
+                " the learning rate. Earlier checkpoints are intact."
             )
 
     def finish(self) -> None:
@@ -133,11 +134,6 @@ class PartGuard(TrainerCallback):
         """Remove the hooks."""
         while self.hooks:
             self.hooks.pop().remove()
-
-
-def join_names(names: Sequence[str], most: int = 3) -> str:
-    """The first names, and how many more there are."""
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def get_shard(tensor: Tensor) -> Tensor:

@@ -1,21 +1,27 @@
-"""Find the checkpoint for a path or a name, and the device for a name."""
+"""Find what a path or a name stands for: a checkpoint, a part that comes with the package, or a model on the Hub."""
 
 import logging
 import os
 import re
 import reprlib
+import socket
+from functools import cache
 from pathlib import Path
+from urllib.parse import urlsplit
 
-import torch
 from huggingface_hub import snapshot_download
+from huggingface_hub.constants import ENDPOINT, HF_HUB_OFFLINE
 from huggingface_hub.errors import HFValidationError, HTTPError, LocalEntryNotFoundError
 
-from tinyllava import checkpoint
 from tinyllava.errors import UserError
-from tinyllava.model.parts import DTYPES, NANO, is_hub_reachable, locate_part
-from tinyllava.runs import FINAL, RECORD, list_checkpoints, read_stage_names
+from tinyllava.record import RECORD, read_record
+from tinyllava.runs import FINAL, list_checkpoints, read_stage_names
 
 logger = logging.getLogger("tinyllava")
+PART_FOLDERS = {"tokenizer": "llm"}  # folders of nano/ that differ from the part's name
+# Parts and a trained model that come with the package (docs/nano.md): nano/vision_tower, nano/llm, nano/model.
+NANO = "nano"
+NANO_FOLDER = Path(__file__).parent / NANO
 
 
 def find_checkpoint(path: str | Path) -> Path:
@@ -40,7 +46,7 @@ def find_checkpoint(path: str | Path) -> Path:
     places = [place for folder in folders for place in (folder / FINAL, *list_checkpoints(folder))]
     for place in filter(Path.is_dir, places):
         try:
-            checkpoint.read_record(place)
+            read_record(place)
             return place
         except UserError as error:
             logger.warning("skipped: %s", error)
@@ -60,20 +66,20 @@ def download_checkpoint(name: str) -> Path:
         raise UserError(f"{name} is not a directory, not in the Hub's cache, and {where}. {remedy}") from None
 
 
-def find_device(name: str | torch.device | None) -> torch.device:
-    """The device `name`. By default the accelerator (with torchrun, one for each process), else the CPU."""
-    default = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-    known = sorted({"cpu", default.type})
-    kind, _, index = str(name or default).partition(":")
-    if kind not in known or not (index or "0").isdigit():
-        raise UserError(f"no device '{name}' on this machine. It has: {', '.join(known)}.")
-    if name is None and default.type != "cpu" and "LOCAL_RANK" in os.environ:
-        return torch.device(default.type, int(os.environ["LOCAL_RANK"]) % torch.accelerator.device_count())
-    return torch.device(name or default)
+def locate_part(part: str, name: str) -> str:
+    """Where to load the part `name` from: for `nano` a folder of the package, else `name` (`./nano` is your folder)."""
+    return str(NANO_FOLDER / PART_FOLDERS.get(part, part)) if name == NANO else name
 
 
-def find_dtype(name: str | torch.dtype) -> str | torch.dtype:
-    """The dtype `name`, or auto. Raises UserError for anything that weights cannot have."""
-    if not getattr(name, "is_floating_point", isinstance(name, str) and name in DTYPES):
-        raise UserError(f"unknown dtype '{name}'. Known: {', '.join(DTYPES)}.")
-    return DTYPES.get(name, name)
+@cache
+def is_hub_reachable() -> bool:
+    """Whether the Hub can be reached. Without this check, every file costs half a minute of retries when offline."""
+    if HF_HUB_OFFLINE:
+        return False
+    try:
+        hub = urlsplit(ENDPOINT)
+        socket.create_connection((hub.hostname, hub.port or 443), timeout=5).close()
+    except OSError:
+        # Behind a proxy, only the proxy can reach the Hub.
+        return bool(os.environ.get("HTTPS_PROXY") or os.environ.get("https_proxy"))
+    return True

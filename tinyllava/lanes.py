@@ -13,18 +13,32 @@ run resumes without reading again what came before the block.
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from tinyllava.data.bad_records import WorkerError
-from tinyllava.data.sources import Source
+from tinyllava.errors import WorkerError
 
 SHUFFLED = 1000  # records in the blocks of all lanes: with their encoded images, about a hundred MB
 QUEUED = 4 * SHUFFLED  # records that wait in a reading for the slower of its lanes
 MOST_GROUPS = 64  # each has a file open, and a row group of images may have 100 MB
 EVEN = 16  # shards of a group from which one more or less does not matter: 6 %
 TRIED = 100  # bad records of a lane in a row, after which it does not wait for later passes
+
+
+class ShardedSource(Protocol):
+    """What is dealt out: records in shards, such as files. A raw row becomes a record only where a lane takes it."""
+
+    path: str
+
+    def count_shards(self) -> int:
+        """The number of shards."""
+
+    def iterate_shard(self, shard: int, start: int) -> Iterator[Any]:
+        """The raw rows of a shard, from the row `start` on."""
+
+    def to_record(self, row: Any, shard: int, index: int) -> dict[str, Any]:
+        """The record of the raw row `index` of a shard."""
 
 
 class Place(NamedTuple):
@@ -39,7 +53,9 @@ class Place(NamedTuple):
 class Reading:
     """One pass of a group over its shards, from a place on, for the lanes of the group that are in this process."""
 
-    def __init__(self, source: Source, shards: Sequence[int], start: Place, seed: Sequence[int], lanes: int) -> None:
+    def __init__(
+        self, source: ShardedSource, shards: Sequence[int], start: Place, seed: Sequence[int], lanes: int
+    ) -> None:
         """lanes: the number of lanes of the group, also of those in other processes."""
         self.source, self.shards, self.seed, self.lanes, self.turn = source, shards, seed, lanes, start.turn
         self.rows = self._iterate_rows(start)
@@ -73,7 +89,7 @@ class Dealer:
     """One source for the lanes of this process."""
 
     def __init__(
-        self, source: Source, seed: Sequence[int], lanes: Sequence[int], total: int, places: dict[int, Place]
+        self, source: ShardedSource, seed: Sequence[int], lanes: Sequence[int], total: int, places: dict[int, Place]
     ) -> None:
         """lanes: those of this process, of `total`. places: where each of them is. One without a place begins."""
         self.source, self.seed, self.lanes, self.total = source, seed, lanes, total
