@@ -10,6 +10,7 @@ never deleted: users copy, rename and link checkpoints.
 import json
 import logging
 import lzma
+import os
 import re
 import shutil
 import struct
@@ -42,7 +43,8 @@ REMEDY = "Choose another --output, or start again with --overwrite."
 
 def list_checkpoints(stage: Path) -> list[Path]:
     """The numbered checkpoints of a stage, the newest first. Other names, files and links are the user's own."""
-    named = [path for path in stage.glob("checkpoint-*") if NUMBERED.fullmatch(path.name)]
+    found = stage.glob("checkpoint-*") if os.path.isdir(stage) else ()
+    named = [path for path in found if NUMBERED.fullmatch(path.name)]
     return sorted((path for path in named if path.is_dir() and not path.is_symlink()), key=get_step, reverse=True)
 
 

@@ -58,7 +58,7 @@ def read_record(directory: Path) -> dict[str, Any] | None:
         raise UserError(
             f"{directory} was written by a newer version of tinyllava (format {version}). Update tinyllava."
         )
-    if not version or not isinstance(files, dict) or "connector" not in (model or ()):
+    if not version or not isinstance(files, dict) or not isinstance(model, dict) or "connector" not in model:
         raise UserError(f"{directory / RECORD} is not the record of a checkpoint. Copy it again.")
     if damage := find_damage(directory, files):
         raise UserError(f"{directory} is damaged: {damage}. Use an earlier checkpoint, or copy it again.")
