@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from tinyllava.checkpoint import RECORD, read_record
 from tinyllava.errors import UserError
-from tinyllava.files import check_model_files, parse_json
-from tinyllava.runs import is_whole_zip
+from tinyllava.files import FAULTS, check_model_files, parse_json
+from tinyllava.runs import is_whole_zip, list_checkpoints
 
 
 @pytest.mark.parametrize(
@@ -37,6 +38,16 @@ def test_a_name_that_no_file_can_have_is_a_missing_file(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "%s"}}' % ("x" * 300))
     with pytest.raises(UserError, match="is incomplete: xxx"):
         check_model_files(tmp_path)
+
+
+def test_a_record_of_another_form_and_a_stage_that_no_folder_can_be(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    for model in ("5", "[]", '"connector"', "null"):
+        (tmp_path / RECORD).write_text(f'{{"format": 1, "files": {{}}, "model": {model}}}')
+        with pytest.raises(UserError, match="is not the record of a checkpoint"):
+            read_record(tmp_path)
+    assert list_checkpoints(tmp_path / ("A" * 300)) == []
+    assert issubclass(IndexError, FAULTS)  # what an image processor raises for a list in place of a size
 
 
 def test_a_damaged_zip_is_not_whole(tmp_path: Path) -> None:

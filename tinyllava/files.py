@@ -16,7 +16,7 @@ from typing import Any
 from tinyllava.errors import UserError
 
 # What transformers and torch raise for directories that they cannot load.
-FAULTS = (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError, AssertionError)
+FAULTS = (OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, ImportError, AssertionError)
 FAULTS += (UnpicklingError,)
 POINTER = b"version https://git-lfs"
 CHECKED = ("config.json", "generation_config.json", "adapter_config.json", "*processor_config.json", "*.index.json")

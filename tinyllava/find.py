@@ -44,7 +44,7 @@ def find_checkpoint(path: str | Path) -> Path:
         return path / "adapter"
     folders = [path / stage for stage in reversed(read_stage_names(path))] or [path]
     places = [place for folder in folders for place in (folder / FINAL, *list_checkpoints(folder))]
-    for place in filter(Path.is_dir, places):
+    for place in filter(os.path.isdir, places):
         try:
             read_record(place)
             return place

@@ -55,7 +55,8 @@ def check_stage_name(name: str) -> str:
 
 def list_checkpoints(stage: Path) -> list[Path]:
     """The numbered checkpoints of a stage, the newest first. Other names, files and links are the user's own."""
-    named = [path for path in stage.glob("checkpoint-*") if NUMBERED.fullmatch(path.name)]
+    found = stage.glob("checkpoint-*") if os.path.isdir(stage) else ()
+    named = [path for path in found if NUMBERED.fullmatch(path.name)]
     return sorted((path for path in named if path.is_dir() and not path.is_symlink()), key=get_step, reverse=True)
 
 

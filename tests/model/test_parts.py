@@ -15,8 +15,8 @@ from tests.conftest import CLIP, DINOV2, SIGLIP, tiny_model
 from tests.tiny_session import tiny_session
 from tests.tiny_vlm import build_tiny
 from tinyllava import checkpoint
+from tinyllava import gguf_files as gguf
 from tinyllava.errors import UserError
-from tinyllava.model import gguf
 from tinyllava.model.parts import load_named, make_part_config
 
 HEADS, DIM = 4, 32

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import BitsAndBytesConfig, LlavaConfig, LlavaProcessor
 
 from tinyllava.checkpoint.legacy import KEYWORDS
@@ -97,7 +98,11 @@ def read_processor(directory: Path) -> LlavaProcessor:
 def complete_config(config: LlavaConfig, images: Any, record: Mapping[str, Any]) -> TinyLlavaConfig:
     """Our config of a plain llava checkpoint: from its record, or from what its files imply."""
     implied = record["model"] if "model" in record else _imply_fields(config, images)
-    return TinyLlavaConfig(**{**config.to_dict(), **implied, "model_type": TinyLlavaConfig.model_type})
+    try:
+        return TinyLlavaConfig(**{**config.to_dict(), **implied, "model_type": TinyLlavaConfig.model_type})
+    except (*FAULTS, StrictDataclassError) as error:
+        reason = shorten_error(error)
+        raise UserError(f"the checkpoint's record does not describe its model: {reason}. Copy it again.") from None
 
 
 def _imply_fields(config: LlavaConfig, images: Any) -> dict[str, Any]:

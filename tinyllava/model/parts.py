@@ -16,7 +16,7 @@ from tinyllava.errors import UserError
 from tinyllava.factory import Factory, suggest_nearest
 from tinyllava.files import FAULTS, check_model_files, explain_hub_error, raise_value_errors, shorten_error
 from tinyllava.find import is_hub_reachable, locate_part
-from tinyllava.model import gguf
+from tinyllava.gguf_files import convert_gguf
 from tinyllava.vision_towers import get_family_name, import_tower, join_tower_configs, split_tower_name
 
 logger = logging.getLogger("tinyllava")
@@ -133,7 +133,7 @@ def load_named(part: str, name: str, load: Callable, **kwargs: Any) -> Any:
     """Call `load(name)`. Raises UserError when there is neither such a directory nor such a model on the Hub."""
     name = locate_part(part, name)
     if name.endswith(".gguf"):
-        name = str(gguf.convert_gguf(Path(os.path.expanduser(name))))
+        name = str(convert_gguf(Path(os.path.expanduser(name))))
     local = os.path.isdir(name)
     if local:
         check_model_files(Path(name))

@@ -235,8 +235,7 @@ class Trainer(transformers.Trainer):
         elif self.args.load_best_model_at_end:
             logger.info("the best weights are those of %s: loss %.4f", best.name, self.state.best_metric)
             if self.is_deepspeed_enabled:
-                strict = not has_adapter(self.model)
-                deepspeed_load_checkpoint(self.model_wrapped, str(best), load_module_strict=strict)
+                deepspeed_load_checkpoint(self.model_wrapped, str(best), not has_adapter(self.model))
             else:
                 checkpoint.restore(self.model, best)
             self.final_step = self.state.best_global_step
@@ -249,8 +248,7 @@ class Trainer(transformers.Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Save HF's checkpoint beside its place and rename it: a kill or a full disk damages no earlier checkpoint."""
-        self.losses.check(self.state)
-        self.part_guard.check_finite()
+        self.losses.check(self.state), self.part_guard.check_finite()
         self.skipped = set(gather_object([*self.skipped]))
         final = self._get_checkpoint_path()
         self.partial = atomic.partial_path(final)
@@ -280,9 +278,6 @@ class Trainer(transformers.Trainer):
         if self.args.should_save:  # HF calls this on all ranks, because all had to gather sharded weights
             self.write_checkpoint(Path(output_dir), self._get_checkpoint_path(), state_dict)
 
-    def _get_checkpoint_path(self) -> Path:
-        return Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-
     def save_final(self, directory: Path) -> None:
         """Write the last checkpoint of the stage. All ranks must call it: each has a share of sharded weights."""
         is_sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
@@ -297,6 +292,9 @@ class Trainer(transformers.Trainer):
         """Write a checkpoint into `directory`, which will be renamed to `name`."""
         step = self.final_step or self.state.global_step
         self.writer.write(directory, name, step, len(self.skipped), state)
+
+    def _get_checkpoint_path(self) -> Path:
+        return Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         checkpoint.restore(self.model, Path(resume_from_checkpoint))
