@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from tests.conftest import CLIP, DINOV2, PHI, tiny_model
+from tests.tiny_vlm import build_tiny
 from tests.train.tiny_run import recipe
 from tinyllava import checkpoint
 from tinyllava.checkpoint.adapter import has_adapter
@@ -19,6 +20,7 @@ from tinyllava.commands.follow import follow_stage
 from tinyllava.errors import UserError
 from tinyllava.train import stage
 from tinyllava.train.record import RunRecord
+from tinyllava.train.start import start_stage
 
 ROOT = Path(__file__).parents[2]
 LORA = {"lora": {"r": 4, "alpha": 8}}
@@ -238,3 +240,13 @@ def test_skipped_samples_are_counted_in_the_record(pictures: Path, tmp_path: Pat
     stage.run(Recipe.model_validate(run), "tiny", tmp_path / "s")
     kept = json.loads((tmp_path / "s" / "run.json").read_text())["stages"]["finetune"]
     assert sum(entry["count"] for entry in kept["bad_samples"].values()) == 2
+
+
+def test_a_recipe_starts_from_whatever_chat_accepts(pictures: Path, tmp_path: Path) -> None:
+    """The model of the package, a stage or a run. The files of its parts are linked, wherever it was found."""
+    checkpoint.save(build_tiny(), tmp_path / "run" / "finetune" / "final")
+    (tmp_path / "run" / "run.json").write_text('{"stages": {"finetune": {}}}')
+    for path in ("nano", tmp_path / "run", tmp_path / "run" / "finetune"):
+        vlm, files = start_stage(recipe(pictures, model={"checkpoint": str(path)}), None)
+        assert vlm.model.num_parameters() > 0 and all(file.is_file() for part in files.values() for file in part)
+    assert files["llm"] == [tmp_path / "run" / "finetune" / "final" / "language_model.safetensors"]

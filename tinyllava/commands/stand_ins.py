@@ -53,7 +53,7 @@ def make_stand_ins(recipe: Recipe, folder: Path) -> tuple[Recipe, list[str]]:
         if fields["stages"][name].get("trainer", {}).pop("deepspeed", None):
             lines.append(f"stages.{name}.trainer.deepspeed: left out")
     source = recipe.model.checkpoint
-    if source and not Path(source).is_dir():
+    if source and not Path(locate_part("model", source)).is_dir():
         fields["model"], part_lines = make_small_model(ModelSpec.model_validate(RELEASED), recipe)
         small = Recipe.model_validate(fields)
         checkpoint.save(build(small.model, make_tokenizer(small), recipe.seed), folder / "checkpoint")

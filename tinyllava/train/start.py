@@ -17,6 +17,7 @@ from tinyllava.console import is_main_process
 from tinyllava.data.sample import Sample
 from tinyllava.data.sources import open_source
 from tinyllava.data.tokenizer import train_tokenizer
+from tinyllava.find import find_checkpoint
 from tinyllava.model.build import add_tokens, build, load_template
 from tinyllava.model.parts import DTYPES
 from tinyllava.model.vlm import VLM
@@ -31,7 +32,8 @@ def start_run(recipe: Recipe, empty: bool = False) -> VLM:
     model = recipe.model
     if model.checkpoint is None:
         return build(model, make_tokenizer(recipe), recipe.seed, empty)
-    vlm = checkpoint.load(Path(model.checkpoint), DTYPES[model.dtype], **model.lacking.model_dump(exclude_none=True))
+    source, dtype = find_checkpoint(model.checkpoint), DTYPES[model.dtype]
+    vlm = checkpoint.load(source, dtype, **model.lacking.model_dump(exclude_none=True))
     add_tokens(vlm, model.add_tokens)
     return vlm
 
@@ -44,14 +46,13 @@ def start_stage(recipe: Recipe, previous: Path | None, empty: bool = False) -> t
     """
     unset_hf_deepspeed_config()  # of the stage before: its ZeRO-3 would build this model in shards
     vlm = start_run(recipe, empty) if previous is None else checkpoint.load(previous)
-    source = previous or recipe.model.checkpoint
-    if source is None:
+    if previous is None and recipe.model.checkpoint is None:
         return vlm, {}
     if has_adapter(vlm.model):
         merge_adapter(vlm.model)
         return vlm, {}
     converted = previous is None and (recipe.model.dtype != "auto" or bool(recipe.model.add_tokens))
-    return vlm, {} if converted else find_part_files(Path(source))
+    return vlm, {} if converted else find_part_files(previous or find_checkpoint(recipe.model.checkpoint))
 
 
 def make_tokenizer(recipe: Recipe) -> PreTrainedTokenizerFast | None:
