@@ -1,5 +1,6 @@
 # make demo: install the package, then train a small model, score it and show how to chat with it.
 # make test: run the linter and the test suite.
+# make faults: play the faults of docs/scale.md (kills, full disks, damage, ...) and print the table.
 # make test-engines: compare our answers with those of vLLM, which gets an environment of its own (.venv-engines).
 PYTHON ?= python3
 VENV := .venv
@@ -7,7 +8,7 @@ BIN := $(VENV)/bin
 
 ENGINES := .venv-engines
 
-.PHONY: install demo test test-engines lint clean
+.PHONY: install demo test faults test-engines lint clean
 
 install: $(VENV)/.installed
 
@@ -29,6 +30,9 @@ lint: install
 # Two processes with one thread each: more threads than cores would slow each other down.
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
+
+faults: install
+	$(BIN)/python -m tests.faults
 
 test-engines: install $(ENGINES)/.installed
 	OMP_NUM_THREADS=1 TINYLLAVA_ENGINES=$(CURDIR)/$(ENGINES)/bin/python $(BIN)/pytest tests/engines
