@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -19,7 +20,7 @@ PRIVATE = "TINYLLAVA_FAULTS_MOUNTS"  # set in a process that has mounts of its o
 def main() -> int:
     """Print the table and return the exit code: 1 if a row failed."""
     parser = argparse.ArgumentParser(prog="python -m tests.faults")
-    parser.add_argument("--only", default="", help="only rows whose name contains this text")
+    parser.add_argument("--only", default="", help="only rows whose name contains this regular expression")
     parser.add_argument("--markdown", action="store_true", help="print the table of docs/scale.md")
     parser.add_argument("--jobs", type=int, default=2, help="faults played at a time (default 2)")
     parser.add_argument("--keep", type=Path, metavar="DIR", help="keep the files of the rows that fail in this folder")
@@ -30,7 +31,7 @@ def main() -> int:
     from tests.faults import table
     from tests.faults.faults import list_faults
 
-    faults = [each for each in list_faults() if given.only.lower() in f"{each.name}: {each.where}".lower()]
+    faults = [each for each in list_faults() if re.search(given.only, f"{each.name}: {each.where}", re.I)]
     if given.list:
         faults and sys.stdout.write("\n".join(f"{each.name}: {each.where} ({each.variant})" for each in faults) + "\n")
         return 0

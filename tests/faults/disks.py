@@ -7,18 +7,18 @@ file takes all the space, as another user's job would. Then the space is freed, 
 import json
 import subprocess
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
-from tests.faults.points import Point
+from tests.faults.points import BLOCK, Point
 from tests.faults.scene import SAVE_STEPS, Outcome, Result, Row, Scene, expect
 from tests.faults.table import Fault
 
 TMPFS = ("-t", "tmpfs", "-o", "size=64m", "tmpfs")
-BLOCK = 4096
 QUESTIONS = [{"question_id": f"q{number}", "image": f"{number}.png", "text": "What is it?"} for number in range(4)]
 PLACES = [
     ("weights of a checkpoint", Point("write", "*/.checkpoint-9.partial/*language_model.safetensors", "", room=BLOCK)),
-    ("tokenizer of a checkpoint", Point("write", "*/.checkpoint-9.partial/*tokenizer.json", "")),
+    ("tokenizer of a checkpoint", Point("write", "*/finetune/.checkpoint-9.partial/*tokenizer_config.json", "")),
     ("optimizer.pt", Point("write", "*/finetune/.checkpoint-9.partial/*optimizer.pt", "", room=BLOCK)),
     ("scheduler.pt", Point("write", "*/finetune/.checkpoint-9.partial/*scheduler.pt", "")),
     ("trainer_state.json", Point("write", "*/pretrain/.checkpoint-9.partial/*trainer_state.json", "")),
@@ -29,10 +29,10 @@ PLACES = [
     ("recipe.yaml", Point("write", "*recipe.yaml*", "")),
     ("run.json", Point("write", "*run.json*", "")),
     ("run.json, after the training", Point("write", "*run.json*", "", nth=2)),
-    ("metrics.jsonl", Point("begin", "finetune/8", "")),
+    ("metrics.jsonl", Point("begin", "finetune/8", "", pad="finetune/metrics.jsonl")),
     ("metrics.jsonl, at its start", Point("train", "pretrain/0", "")),
     ("curve.png", Point("write", "*/finetune/*curve.png*", "")),
-    ("TensorBoard files", Point("begin", "finetune/8", "")),
+    ("TensorBoard files", Point("begin", "finetune/8", "", pad="finetune/runs/**/events*")),
 ]
 
 
@@ -50,7 +50,8 @@ def fill_at(where: str, point: Point) -> Row:
         if where == "TensorBoard files":
             scene.trainer["report_to"] = "tensorboard"
             scene.write_recipe()
-        full = Point(point.event, point.pattern, "fill", str(disk), point.nth, point.room)
+        pad = str(scene.run / point.pad) if point.pad else ""
+        full = replace(point, action="fill", argument=str(disk), pad=pad)
         first = scene.start(full, draws=where == "curve.png").wait()
         expect((disk / "ballast").exists(), f"`{where}` was never written")
         (disk / "ballast").unlink()

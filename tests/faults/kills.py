@@ -131,7 +131,7 @@ def list_kills() -> Iterator[Fault]:
         yield Fault("SIGKILL", "while a checkpoint is written", kill_at(point), ("full", "lora")[number == 1])
     old = Point("rmtree", f"*/finetune/checkpoint-{SAVE_STEPS}", "kill")
     yield Fault("SIGKILL", "while an old checkpoint is deleted", kill_at(old))
-    half = Point("written", "*/pretrain/.final.partial/*language_model.safetensors", "halve")
+    half = Point("written", "*/pretrain/.final.partial/*connector.safetensors", "halve")
     yield Fault("SIGKILL", "while `final` is written", kill_at(half))
     yield Fault("SIGKILL", "while `final` is written", kill_at(Point("rename", "*/finetune/final", "kill_all")))
     yield Fault("SIGKILL", "between the stages", kill_at(Point("prepared", "finetune/0", "kill")))

@@ -30,6 +30,8 @@ from transformers import TrainerCallback
 
 from tinyllava.commands import follow
 
+BLOCK = 4096  # bytes of a block of tmpfs
+
 
 @dataclass(frozen=True)
 class Point:
@@ -46,6 +48,7 @@ class Point:
     argument: str = ""
     nth: int = 1
     room: int = 0  # bytes that `fill` leaves
+    pad: str = ""  # files whose last block `fill` ends with line breaks: the next line needs a new block
     rank: int = 0
 
 
@@ -174,6 +177,9 @@ def strike(point: Point, subject: str) -> None:
             os.truncate(subject, os.path.getsize(subject) // 2)
             os.kill(os.getpid(), signal.SIGKILL)
         case "fill":
+            for path in glob.glob(point.pad, recursive=True):
+                with open(path, "ab") as file:
+                    file.write(b"\n" * (-file.tell() % BLOCK))
             fill_disk(Path(point.argument), point.room)
         case "hold":
             Path(f"{point.argument}.held").touch()
@@ -194,7 +200,7 @@ def strike(point: Point, subject: str) -> None:
 def fill_disk(folder: Path, room: int) -> None:
     """Fill the file system of `folder` with a file, as another user's job would, up to `room` bytes."""
     with (folder / "ballast").open("ab", buffering=0) as file:
-        for size in (1 << 20, 1 << 12):
+        for size in (1 << 20, BLOCK):
             try:
                 while True:
                     file.write(bytes(size))
