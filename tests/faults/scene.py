@@ -116,7 +116,7 @@ class Start:
         errors = [line for line in lines if line.startswith("error:")]
         if self.code == -signal.SIGKILL:
             return ""
-        if "Traceback (most recent call last)" in lines:
+        if any(line.startswith("Traceback (most recent call last)") for line in lines):
             return f"Traceback: {self.last_line}"
         return (errors or [self.last_line])[0]
 
