@@ -46,7 +46,8 @@ def test_steps_are_counted_over_both_stages(tmp_path: Path) -> None:
     [
         (2, "loading\nerror: the disk is full\nmore\n", "error: the disk is full"),
         (1, "error: x\nTraceback (most recent call last):\nKeyError: 'a'\n", "Traceback: KeyError: 'a'"),
-        (0, "a\nb\n\n", "b"),
+        (130, "a\nstopped\n\n", "stopped"),
+        (0, "a\n", ""),
         (-9, "a\n", ""),
     ],
 )

@@ -114,7 +114,7 @@ class Start:
         """What the command said when it ended: its error, else its last line; nothing after SIGKILL."""
         lines = self.text.splitlines()
         errors = [line for line in lines if line.startswith("error:")]
-        if self.code == -signal.SIGKILL:
+        if self.code in (0, -signal.SIGKILL):
             return ""
         if any(line.startswith("Traceback (most recent call last)") for line in lines):
             return f"Traceback: {self.last_line}"
@@ -319,11 +319,17 @@ class Scene:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def compare(self, first: Start, second: Start, measure: Result, tolerance: float = 0.0) -> Outcome:
-        """The outcome of a start that a fault ended, and of the one that resumed. Raises Failure for a difference."""
+        """The outcome of a start that a fault ended, and of the one that resumed: the same one if it went on.
+
+        Raises Failure for a difference.
+        """
         result = Result.read(self.run)
         result.check_equal(measure, tolerance)
+        difference = abs(result.final_loss - measure.final_loss)
+        if first is second:
+            return Outcome(first, None, difference)
         begun = second.begun if second.begun is not None else first.done
-        return Outcome(first, max(0, first.done - begun), abs(result.final_loss - measure.final_loss))
+        return Outcome(first, max(0, first.done - begun), difference)
 
 
 Row = Callable[[Scene, Result], Outcome]
