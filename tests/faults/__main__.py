@@ -4,6 +4,7 @@ import argparse
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -26,6 +27,7 @@ def main() -> int:
     parser.add_argument("--keep", type=Path, metavar="DIR", help="keep the files of the rows that fail in this folder")
     parser.add_argument("--list", action="store_true", help="only list the faults")
     given = parser.parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # end like Ctrl-C: no process and no file is left
     enter_own_mounts()
 
     from tests.faults import table
@@ -33,7 +35,7 @@ def main() -> int:
 
     faults = [each for each in list_faults() if re.search(given.only, f"{each.name}: {each.where}", re.I)]
     if given.list:
-        faults and sys.stdout.write("\n".join(f"{each.name}: {each.where} ({each.variant})" for each in faults) + "\n")
+        sys.stdout.writelines(f"{each.name}: {each.where} ({each.variant})\n" for each in faults)
         return 0
     begun = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="faults-") as folder:
@@ -76,7 +78,10 @@ def play_all(faults: list, folder: Path, jobs: int, keep: Path | None) -> list:
             sys.stderr.write(f"{number + 1}/{len(faults)} {text} ({each.seconds:.0f} s): {result}\n")
             return each
 
-        return list(pool.map(play_one, enumerate(faults)))
+        try:
+            return list(pool.map(play_one, enumerate(faults)))
+        finally:
+            pool.shutdown(cancel_futures=True)  # after Ctrl-C, only the rows that run are played to their end
 
 
 def show(rows: list[list[str]], markdown: bool) -> None:

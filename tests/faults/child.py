@@ -7,6 +7,7 @@ import atexit
 import json
 import multiprocessing
 import os
+import signal
 import sys
 import time
 from dataclasses import asdict, dataclass, field
@@ -59,6 +60,9 @@ def run_forked(job: Job) -> None:
     """`run_job` in a fork, as the leader of a group of its own: its data workers can be killed with it."""
     os.setsid()
     multiprocessing.set_start_method("fork", force=True)  # as in a process of its own: data workers are its children
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):  # nohup and `&` in a script ignore some of them
+        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     torch.set_num_threads(1)
     target = os.open(job.printed, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(target, 1)
