@@ -77,6 +77,19 @@ def damage_and_go_on(point: Point, name: str, damage: Callable) -> Row:
     return row
 
 
+def damage_shared(scene: Scene, measure: Result) -> Outcome:
+    """Frozen weights are one file with a link in each checkpoint, so its damage is refused. Then it is restored."""
+    scene.start(Point("prepared", "finetune/0", "kill")).wait()
+    weights = scene.run / "pretrain" / "final" / "language_model.safetensors"
+    flip(weights)
+    refused = scene.start().wait()
+    expect(refused.code == 2, f"exit code {refused.code}, expected 2: {refused.said}")
+    expect(weights.name in refused.said, f"the error does not name {weights.name}: {refused.said}")
+    flip(weights)
+    outcome = scene.compare(refused, scene.finish(), measure)
+    return Outcome(refused, None, outcome.difference)
+
+
 def run_twice(point: Point) -> Row:
     """A second run is started in the directory of a running one: it is refused, and the first is not disturbed."""
 
@@ -117,9 +130,10 @@ def list_directory_faults() -> Iterator[Fault]:
     for where in DAMAGES:
         yield Fault("newest checkpoint damaged", where, damage_newest(where))
     killed, over = Point("end", "finetune/8", "kill"), Point("renamed", "*/finetune/final", "kill")
+    between = Point("prepared", "finetune/0", "kill")
     weights = "final/language_model.safetensors"
     others = {
-        "a bit of final/ of the first stage": (Point("prepared", "finetune/0", "kill"), f"pretrain/{weights}", flip),
+        "a bit of final/ of the first stage": (between, "pretrain/final/connector.safetensors", flip),
         "tinyllava.json of 0 bytes in final/": (over, "finetune/final/tinyllava.json", empty),
         "a bit of final/ of the last stage": (over, f"finetune/{weights}", flip),
         "run.json of 0 bytes": (killed, "run.json", empty),
@@ -132,4 +146,5 @@ def list_directory_faults() -> Iterator[Fault]:
     }
     for where, (point, name, damage) in others.items():
         yield Fault("other damage", where, damage_and_go_on(point, name, damage))
+    yield Fault("other damage", "a bit of frozen weights, which all checkpoints of a stage share", damage_shared)
     yield Fault("directory deleted", "in a step", delete_run)
