@@ -53,7 +53,7 @@ def play(fault: Fault, folder: Path, measures: Mapping[str, Result], keep: Path 
     except Exception:  # one broken row must not hide the others
         played.failure = shorten(traceback.format_exc().strip().replace("\n", " "), str(folder), 400)
     if played.outcome:
-        said = shorten(played.outcome.first.said, str(folder))
+        said = shorten(played.outcome.said or played.outcome.first.said, str(folder))
         code = "killed" if played.outcome.first.code == -9 else f"exit {played.outcome.first.code}"
         played.outcome = replace(played.outcome, said=f"{code}: {said}" if said else code)
     if keep and played.failure:

@@ -113,9 +113,12 @@ class Start:
     def said(self) -> str:
         """What the command said when it ended: its error, else its last line; nothing after SIGKILL."""
         lines = self.text.splitlines()
-        errors = [line for line in lines if line.startswith("error:")]
+        errors = [line for line in lines if line.startswith(("error:", "stopped by"))]
         if self.code in (0, -signal.SIGKILL):
             return ""
+        if isinstance(self.process, subprocess.Popen):  # torchrun ends with tracebacks of its own
+            errors += [line.partition(": ")[2] for line in lines if "received by PID" in line]
+            return errors[0] if errors else self.last_line
         if any(line.startswith("Traceback (most recent call last)") for line in lines):
             return f"Traceback: {self.last_line}"
         return (errors or [self.last_line])[0]
