@@ -5,12 +5,11 @@ file takes all the space, as another user's job would. Then the space is freed, 
 """
 
 import json
-import subprocess
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from tests.faults.points import BLOCK, Point
+from tests.faults.points import BLOCK, Point, fill_disk
 from tests.faults.scene import SAVE_STEPS, Outcome, Result, Row, Scene, expect
 from tests.faults.table import Fault
 
@@ -65,14 +64,15 @@ def fill_at(where: str, point: Point) -> Row:
     return row
 
 
-def fill_cache(size: str) -> Row:
-    """A cache on a disk that is full after `size`."""
+def fill_cache(room: int) -> Row:
+    """A cache on a disk that is full after `room` bytes."""
 
     def row(scene: Scene, measure: Result) -> Outcome:
-        scene.mount(scene.cache, "-t", "tmpfs", "-o", f"size={size}", "tmpfs")
+        disk = scene.mount(scene.cache, *TMPFS)
+        fill_disk(disk, room)
         first = scene.start().wait()
         expect_full(first.said, first.code)
-        subprocess.run(["mount", "-o", "remount,size=64m", str(scene.cache)], check=True)
+        (disk / "ballast").unlink()
         return scene.compare(first, scene.finish(), measure)
 
     return row
@@ -108,7 +108,7 @@ def list_disk_faults() -> Iterator[Fault]:
     """A full disk in each writing place."""
     for where, point in PLACES:
         yield Fault("disk full", where, fill_at(where, point), mounts=True)
-    yield Fault("disk full", "cache, at once", fill_cache("4k"), mounts=True)
-    yield Fault("disk full", "cache, while it is written", fill_cache("24k"), mounts=True)
+    yield Fault("disk full", "cache, at once", fill_cache(BLOCK), mounts=True)
+    yield Fault("disk full", "cache, while it is written", fill_cache(6 * BLOCK), mounts=True)
     yield Fault("disk full", "answers of `eval:`", fill_scores("*/eval/*answers.jsonl*"), mounts=True)
     yield Fault("disk full", "results.json of `eval:`", fill_scores("*results.json*"), mounts=True)
