@@ -34,7 +34,7 @@ class Played:
 
 def shorten(text: str, folder: str, most: int = 150) -> str:
     """A message without the folder of the scene, cut."""
-    text = text.replace(f"{folder}/", "").replace("|", "/")
+    text = text.replace(f"{folder}/", "").replace(folder, "the folder").replace("|", "/")
     return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
