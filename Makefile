@@ -1,6 +1,7 @@
 # make demo: install the package, then train a small model, score it and show how to chat with it.
 # make test: run the linter and the test suite.
 # make fuzz: try inputs that nobody would write: MINUTES=10 TARGET=records SEED=0 CHUNKS=1 (tests/fuzz).
+# make faults: play the faults of docs/scale.md (kills, full disks, damage, ...) and print the table.
 # make test-engines: compare our answers with those of vLLM, which gets an environment of its own (.venv-engines).
 PYTHON ?= python3
 VENV := .venv
@@ -8,7 +9,7 @@ BIN := $(VENV)/bin
 
 ENGINES := .venv-engines
 
-.PHONY: install demo test test-engines fuzz lint clean
+.PHONY: install demo test test-engines fuzz faults lint clean
 
 install: $(VENV)/.installed
 
@@ -35,6 +36,9 @@ test: lint
 fuzz: install
 	$(BIN)/python -m tests.fuzz --minutes $(or $(MINUTES),10) --seed $(or $(SEED),0) --chunks $(or $(CHUNKS),0) \
 	    $(if $(TARGET),--target $(TARGET))
+
+faults: install
+	$(BIN)/python -m tests.faults
 
 test-engines: install $(ENGINES)/.installed
 	OMP_NUM_THREADS=1 TINYLLAVA_ENGINES=$(CURDIR)/$(ENGINES)/bin/python $(BIN)/pytest tests/engines

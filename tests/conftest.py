@@ -71,7 +71,12 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
 @pytest.fixture(scope="session")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with 24 images, captions.json and instructions.json (some with several turns, some without an image)."""
-    folder = tmp_path_factory.mktemp("pictures")
+    return make_pictures(tmp_path_factory.mktemp("pictures"))
+
+
+def make_pictures(folder: Path) -> Path:
+    """Write the images and the annotations of `pictures` into a folder, and return the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
     captions, instructions = [], []
     for number in range(24):

@@ -24,10 +24,11 @@ def blocks(page: Path, *languages: str) -> list[str]:
 
 
 def commands(page: Path) -> list[list[str]]:
-    """The arguments of every `tinyllava` command on a page, also after a variable or after torchrun."""
+    """The arguments of every `tinyllava` command on a page, also after a variable or a launcher."""
     text = "\n".join(blocks(page, "bash", "sh", "console")).replace("\\\n", " ")
     lines = [re.sub(r"^\$ ", "", line.strip()) for line in text.splitlines()]
-    actual = [re.match(r"(?:time )?(?:\w+=\S+ )*(?:torchrun .*?-m )?tinyllava( .*|$)", line) for line in lines]
+    launcher = r"(?:(?:torchrun|accelerate launch) .*?-m )?"
+    actual = [re.match(rf"(?:time )?(?:\w+=\S+ )*{launcher}tinyllava( .*|$)", line) for line in lines]
     return [shlex.split(match[1], comments=True) for match in actual if match]
 
 
