@@ -27,7 +27,7 @@ ROOMS = (
     "infer",
 )
 ROOMS += ("explain", "eval", "pages", "serve", "sweep", "commands", "cli")
-GROUND = ("atomic", "files", "provenance", "console", "cache", "runs", "identity", "engines")
+GROUND = ("atomic", "files", "provenance", "console", "cache", "runs", "identity", "engines", "failures")
 NEVER = {"train": ("eval",)}  # whatever the order of the rooms: a run is scored by the command line
 # Files that import a module whose name they do not know: the user's own code, and parts by their file's name.
 BY_ANY_NAME = ("factory.py", "data/sources/__init__.py")

@@ -6,7 +6,6 @@ Exit codes: 0 success, 1 a check found problems (`data check`, `doctor`), 2 an e
 two lines on stderr; `--debug` adds the traceback), 130 interrupted.
 """
 
-import errno
 import os
 import shlex
 import sys
@@ -17,6 +16,7 @@ import typer
 
 from tinyllava.console import is_main_process, messages, output, show_error, show_log
 from tinyllava.errors import UserError
+from tinyllava.failures import describe_failure
 
 app = typer.Typer(
     help="Build, train, evaluate and chat with small vision-language models.",
@@ -280,12 +280,11 @@ def run_command(arguments: list[str], debug: bool) -> int:
             messages.print_exception()
         show_error(str(error))
         code = 2
-    except OSError as error:
-        not_a_directory = error.errno in {errno.EEXIST, errno.ENOTDIR}
-        if debug or not (not_a_directory or error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS}):
+    except (OSError, RuntimeError) as error:
+        text = None if debug else describe_failure(error)
+        if text is None:
             raise
-        remedy = " It must be a directory. Choose another one." if not_a_directory else ""
-        show_error(f"{error.strerror}: {error.filename or 'while writing'}.{remedy}")
+        show_error(text)
         code = 2
     if code == 130:  # what typer returns after Ctrl-C
         # Without --overwrite, which would delete what there is to resume.

@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.text import Text
 
+from tinyllava.failures import announce_failure
+
 output = Console()
 messages = Console(stderr=True)
 
@@ -44,7 +46,11 @@ def show_error(text: str) -> None:
     """Print `error: TEXT` on stderr. Lines of `text` are not wrapped, so that they can be searched and copied.
 
     A word of more than 1,000 characters is the content of a file, for example base64. It is cut.
+
+    Of several processes that fail in the same way, one prints.
     """
+    if not announce_failure(text):
+        return
     text = re.sub(r"\S{1000,}", lambda word: f"{word[0][:60]}... ({len(word[0]):,} characters)", text)
     messages.print(Text.assemble(("error: ", "bold red"), text), soft_wrap=True)
 
