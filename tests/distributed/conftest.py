@@ -2,11 +2,13 @@
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from tests.distributed.cases import ALL, ENGINES, SAMPLE, Case, make_recipe
+from tests.distributed.cases import ALL, ENGINES, SAMPLE, SAVED, Case, make_recipe
 from tests.distributed.launch import Job, Ran, interrupt, run_jobs
 
 IS_RUN = bool(os.environ.get("TINYLLAVA_DISTRIBUTED"))
@@ -85,10 +87,26 @@ def two(one: Runs, mixed: Path, tmp_path_factory: pytest.TempPathFactory, reques
 
 @pytest.fixture(scope="session")
 def three(two: Runs, mixed: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    """Each engine in three processes, and each resumed from a run that began in two."""
+    """Each engine in three processes, and each resumed from a run that began in two.
+
+    DeepSpeed's state is also converted: `universal-CASE`.
+    """
     folder = tmp_path_factory.mktemp("three")
     jobs = [Job(case.name, make_recipe(case, mixed), folder / case.name) for case in MORE]
     for case in MORE:
         begun = interrupt(two[case.name].output, folder / f"begun-{case.name}")
         jobs += [Job(begun.name, make_recipe(case, mixed), begun)]
+        if case.engine in ("zero2", "zero3"):
+            copy = folder / f"universal-{case.name}"
+            convert_state(interrupt(two[case.name].output, copy) / "finetune" / f"checkpoint-{SAVED}")
+            jobs += [Job(copy.name, make_recipe(case, mixed), copy)]
     return run_jobs(jobs, 3, folder / "jobs")
+
+
+def convert_state(checkpoint: Path) -> None:
+    """Run the command that the refusal names."""
+    folder = checkpoint / f"global_step{SAVED}"
+    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
+    folders = ["--input_folder", str(folder), "--output_folder", f"{folder}_universal"]
+    done = subprocess.run([*command, *folders], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]

@@ -33,7 +33,7 @@ from tinyllava.data.template import Template
 from tinyllava.errors import UserError
 from tinyllava.identity import check_data_unchanged, check_moved_data
 from tinyllava.model.vlm import VLM
-from tinyllava.runs import FINAL, START, check_is_run, delete_run, find_last_checkpoint, read_run
+from tinyllava.runs import FINAL, START, UNIVERSAL, check_is_run, delete_run, find_last_checkpoint, read_run
 from tinyllava.train.arguments import make_arguments
 from tinyllava.train.callbacks import RunLog
 from tinyllava.train.checkpoints import CheckpointWriter
@@ -124,6 +124,8 @@ def run_stage(
     trainer = make_trainer(setup, name, output, record)
     engine = "deepspeed" if trainer.is_deepspeed_enabled else "fsdp" if trainer.is_fsdp_enabled else "plain"
     last = find_last_checkpoint(output, engine, setup.args.world_size)
+    if last and (last / UNIVERSAL).is_file():
+        trainer.accelerator.state.deepspeed_plugin.deepspeed_config["checkpoint"] = {"load_universal": True}
     before = read_run(last) if last else {}
     listed = setup.validation.sources if isinstance(setup.stage.validation, list) else []  # else it is a share of data
     facts = {"data": setup.dataset.sources, "validation": listed, "bad_samples": setup.dataset.bad_records.to_dict()}
