@@ -2,14 +2,17 @@
 # make test: run the linter and the test suite.
 # make fuzz: try inputs that nobody would write: MINUTES=10 TARGET=records SEED=0 CHUNKS=1 (tests/fuzz).
 # make faults: play the faults of docs/scale.md (kills, full disks, damage, ...) and print the table.
+# make test-distributed: train in two and three processes with every engine, in .venv with DeepSpeed (.venv-distributed).
+# make test-distributed-full: the same for every engine x tuning x connector, and every model of tests/test_matrix.py.
 # make test-engines: compare our answers with those of vLLM, which gets an environment of its own (.venv-engines).
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
 ENGINES := .venv-engines
+DISTRIBUTED := .venv-distributed
 
-.PHONY: install demo test test-engines fuzz faults lint clean
+.PHONY: install demo test test-distributed test-distributed-full test-engines fuzz faults lint clean
 
 install: $(VENV)/.installed
 
@@ -40,6 +43,25 @@ fuzz: install
 faults: install
 	$(BIN)/python -m tests.faults
 
+# DeepSpeed's CPU operator is compiled once, for about a minute, and kept in the environment.
+RUN_DISTRIBUTED = OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu TORCH_EXTENSIONS_DIR=$(CURDIR)/$(DISTRIBUTED)/extensions \
+    TINYLLAVA_DISTRIBUTED=1 $(DISTRIBUTED)/bin/python -m pytest tests/distributed
+
+test-distributed: install $(DISTRIBUTED)/.installed
+	$(RUN_DISTRIBUTED)
+
+test-distributed-full: install $(DISTRIBUTED)/.installed
+	$(RUN_DISTRIBUTED) --full-matrix
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 tests/test_matrix.py --full-matrix
+
+# A layer on .venv: it reads torch and everything else from there.
+$(DISTRIBUTED)/.installed: tests/distributed/requirements.lock
+	$(PYTHON) -m venv $(DISTRIBUTED)
+	$(DISTRIBUTED)/bin/pip install --quiet --disable-pip-version-check --no-deps --requirement $<
+	echo "import site; site.addsitedir('$$($(BIN)/python -c 'import site; print(site.getsitepackages()[0])')')" \
+	    > $$($(DISTRIBUTED)/bin/python -c 'import site; print(site.getsitepackages()[0])')/layer.pth
+	touch $@
+
 test-engines: install $(ENGINES)/.installed
 	OMP_NUM_THREADS=1 TINYLLAVA_ENGINES=$(CURDIR)/$(ENGINES)/bin/python $(BIN)/pytest tests/engines
 
@@ -53,4 +75,4 @@ $(ENGINES)/.installed: tests/engines/requirements.lock
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(ENGINES) runs build *.egg-info
+	rm -rf $(VENV) $(ENGINES) $(DISTRIBUTED) runs build *.egg-info

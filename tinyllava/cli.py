@@ -6,7 +6,6 @@ Exit codes: 0 success, 1 a check found problems (`data check`, `doctor`), 2 an e
 two lines on stderr; `--debug` adds the traceback), 75 a signal stopped a run that the same command resumes, 130 Ctrl-C.
 """
 
-import errno
 import os
 import shlex
 import sys
@@ -19,6 +18,7 @@ import typer
 from tinyllava.commands.data_cache import show_cache
 from tinyllava.console import guard_tracebacks, is_main_process, messages, output, show_error, show_log, show_traceback
 from tinyllava.errors import Interrupted, UserError
+from tinyllava.failures import describe_failure
 from tinyllava.interrupt import RESTART, catch_signals
 
 app = typer.Typer(
@@ -271,12 +271,11 @@ def run_command(arguments: list[str], debug: bool) -> int:
             show_traceback(error)
         show_error(str(error))
         code = 2
-    except OSError as error:
-        not_a_directory = error.errno in {errno.EEXIST, errno.ENOTDIR}
-        if debug or not (not_a_directory or error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS}):
+    except (OSError, RuntimeError) as error:
+        text = None if debug else describe_failure(error)
+        if text is None:
             raise
-        remedy = " It must be a directory. Choose another one." if not_a_directory else ""
-        show_error(f"{error.strerror}: {error.filename or 'while writing'}.{remedy}")
+        show_error(text)
         code = 2
     if code == 130 and not reason:  # what typer returns after Ctrl-C
         reason = "interrupted."

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.segment import Segment
 from rich.text import Text
 
+from tinyllava.failures import announce_failure
 from tinyllava.secrets import hide_secrets
 
 # What makes a terminal do something, or show text in another order than it has: control characters (C0 and C1), the
@@ -71,8 +72,13 @@ def show_error(text: str) -> None:
     """Print `error: TEXT` on stderr. Lines of `text` are not wrapped, so that they can be searched and copied.
 
     A word of more than 1,000 characters is the content of a file, for example base64. It is cut.
+
+    Of several processes that fail in the same way, one prints.
     """
-    text = re.sub(r"\S{1000,}", lambda word: f"{word[0][:60]}... ({len(word[0]):,} characters)", hide_secrets(text))
+    text = hide_secrets(text)
+    if not announce_failure(text):
+        return
+    text = re.sub(r"\S{1000,}", lambda word: f"{word[0][:60]}... ({len(word[0]):,} characters)", text)
     messages.print(Text.assemble(("error: ", "bold red"), text), soft_wrap=True)
 
 

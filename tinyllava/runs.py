@@ -36,6 +36,7 @@ NUMBERED = re.compile(r"checkpoint-([1-9][0-9]*)")
 # Where the optimiser's state is in a checkpoint, by the engine that wrote it.
 OPTIMIZER_FILES = {"plain": "optimizer.pt", "deepspeed": "global_step*", "fsdp": "optimizer[_.][0b]*"}
 UNREADABLE = (ValueError, RuntimeError, EOFError, LookupError)  # what zipfile raises for a damaged directory of files
+UNIVERSAL = "latest_universal"  # names the converted state beside it
 LARGE = 1 << 30  # bytes; reading smaller files takes a second
 REMEDY = "Choose another --output, or start again with --overwrite."
 
@@ -109,9 +110,8 @@ def find_resume_fault(checkpoint: Path, engine: str, world_size: int) -> str | N
         return f"{OPTIMIZER_FILES[engine]} is missing. `save_only_model: true` saves no optimiser state"
     if not list(checkpoint.glob(OPTIMIZER_FILES[engine])):
         return f"the optimiser state {states[0]} is of another engine. Resume with the engine that wrote it"
-    shards = len(list(checkpoint.glob("global_step*/*optim_states.pt")))
-    if shards not in (0, world_size):
-        return f"the optimiser state is of {shards} processes, not {world_size}. Resume with {shards}"
+    if fault := find_shard_fault(checkpoint, world_size):
+        return fault
     for pattern in (OPTIMIZER_FILES[engine], "rng_state*.pth", *([] if engine == "deepspeed" else ["scheduler.pt"])):
         files = list(checkpoint.glob(pattern))
         # The records of earlier versions do not list the sizes of these.
@@ -124,6 +124,25 @@ def find_resume_fault(checkpoint: Path, engine: str, world_size: int) -> str | N
             return f"{path.name} is damaged"
     state = read_json_or_empty(checkpoint / "trainer_state.json")
     return None if state.get("global_step") == get_step(checkpoint) else "trainer_state.json is missing or damaged"
+
+
+def find_shard_fault(checkpoint: Path, world_size: int) -> str | None:
+    """Why DeepSpeed cannot load its optimiser state in `world_size` processes; None if it can.
+
+    DeepSpeed converts a state to its universal form, which any number of processes can load. Its conversion of ZeRO-3
+    (version 0.19.8) gives other steps than those of an undisturbed run, so only ZeRO-2 is converted.
+    """
+    shards = list(checkpoint.glob("global_step*/*optim_states.pt"))
+    if len(shards) in (0, world_size):
+        return None
+    remedy = f"the optimiser state is of {len(shards)} processes, not {world_size}. Resume with {len(shards)}"
+    folder = shards[0].parent
+    if list(folder.glob("zero_pp_rank_*_model_states.pt")):  # the weights are sharded too: ZeRO-3
+        return remedy
+    if (checkpoint / UNIVERSAL).is_file():
+        return None
+    command = "python -m deepspeed.checkpoint.ds_to_universal --inject_missing_state"
+    return f"{remedy}, or first run `{command} --input_folder {folder} --output_folder {folder}_universal`"
 
 
 def find_last_checkpoint(output: Path, engine: str, world_size: int) -> Path | None:

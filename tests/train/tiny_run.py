@@ -1,7 +1,6 @@
-"""A two-stage run of a tiny model on real files, in a process of its own, or in several under torchrun:
+"""A two-stage run of a tiny model on real files, in a process of its own:
 
 python -m tests.train.tiny_run PICTURES OUTPUT [--kill-at STEP] [--tune JSON] [--trainer JSON]
-[--deepspeed zero2 zero3]
 """
 
 import argparse
@@ -59,7 +58,6 @@ def main() -> None:
     parser.add_argument("--kill-at", type=int)
     parser.add_argument("--tune", type=json.loads)
     parser.add_argument("--trainer", type=json.loads, default={})
-    parser.add_argument("--deepspeed", nargs=2, metavar=("FIRST", "SECOND"), help="zero2 or zero3 for each stage")
     given = parser.parse_args()
 
     class Kill(TrainerCallback):
@@ -73,10 +71,7 @@ def main() -> None:
         original(self, *args, callbacks=[*callbacks, Kill()], **kwargs)
 
     Trainer.__init__ = with_kill
-    chosen = recipe(given.pictures, given.tune, **given.trainer)
-    for one, zero in zip(chosen.stages.values(), given.deepspeed or (), strict=False):
-        one.trainer["deepspeed"] = zero
-    stage.run(chosen, "tiny", given.output)
+    stage.run(recipe(given.pictures, given.tune, **given.trainer), "tiny", given.output)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,28 @@
-"""Check before training that a stage needs nothing that sharded weights (ZeRO-3, FSDP) cannot do."""
+"""Sharded weights (ZeRO-3, FSDP): check that a stage needs nothing that they cannot do, and forget them after it."""
 
+import os
 from collections.abc import Mapping
 
 from transformers import TrainingArguments
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from tinyllava.errors import UserError
 from tinyllava.tuning import Selection
+
+# What a launcher sets, such as `accelerate launch --use_fsdp`. TrainingArguments sets the same variables.
+ENGINES = {name: os.environ.get(name) for name in ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP")}
+
+
+def forget_engine() -> None:
+    """Forget the engine of the stage before.
+
+    Libraries keep it for the whole process: ZeRO-3 would build the next model in shards, and FSDP would shard the
+    training of a stage that does not ask for it.
+    """
+    unset_hf_deepspeed_config()
+    for name, given in ENGINES.items():
+        os.environ.pop(name, None)
+        os.environ |= {name: given} if given else {}
 
 
 def check_sharding(selections: Mapping[str, Selection], args: TrainingArguments) -> None:

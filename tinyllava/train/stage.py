@@ -37,7 +37,7 @@ from tinyllava.identity import check_data_unchanged, check_moved_data
 from tinyllava.interrupt import catch_signals
 from tinyllava.locks import lock_run
 from tinyllava.model.vlm import VLM
-from tinyllava.runs import FINAL, START, check_is_run, find_last_checkpoint, read_run, set_run_aside
+from tinyllava.runs import FINAL, START, UNIVERSAL, check_is_run, find_last_checkpoint, read_run, set_run_aside
 from tinyllava.trackers import make_run_id, track_as
 from tinyllava.train.arguments import make_arguments
 from tinyllava.train.callbacks import RunLog, Stopper
@@ -132,6 +132,8 @@ def run_stage(
     trainer = make_trainer(setup, name, output, record)
     engine = "deepspeed" if trainer.is_deepspeed_enabled else "fsdp" if trainer.is_fsdp_enabled else "plain"
     last = find_last_checkpoint(output, engine, setup.args.world_size)
+    if last and (last / UNIVERSAL).is_file():
+        trainer.accelerator.state.deepspeed_plugin.deepspeed_config["checkpoint"] = {"load_universal": True}
     before = read_run(last) if last else {}
     listed = setup.validation.sources if isinstance(setup.stage.validation, list) else []  # else it is a share of data
     facts = {"data": setup.dataset.sources, "validation": listed, "bad_samples": setup.dataset.bad_records.to_dict()}

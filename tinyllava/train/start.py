@@ -8,7 +8,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerFast
-from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from tinyllava import atomic, checkpoint
 from tinyllava.checkpoint.adapter import has_adapter, merge_adapter
@@ -22,6 +21,7 @@ from tinyllava.model.build import add_tokens, build, load_template
 from tinyllava.model.parts import DTYPES
 from tinyllava.model.vlm import VLM
 from tinyllava.record import find_part_files
+from tinyllava.train.sharding import forget_engine
 from tinyllava.tuning import Selection
 
 WeightFiles = dict[str, list[Path]]  # {part: the files that hold exactly its weights}
@@ -44,7 +44,7 @@ def start_stage(recipe: Recipe, previous: Path | None, empty: bool = False) -> t
     previous: the checkpoint of the stage before. Its adapter is merged, because this stage has its own tuning. There
     are no files if the weights were made, merged or converted in memory.
     """
-    unset_hf_deepspeed_config()  # of the stage before: its ZeRO-3 would build this model in shards
+    forget_engine()
     vlm = start_run(recipe, empty) if previous is None else checkpoint.load(previous)
     if previous is None and recipe.model.checkpoint is None:
         return vlm, {}
