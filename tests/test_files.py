@@ -10,7 +10,8 @@ import pytest
 from tinyllava.checkpoint import RECORD, read_record
 from tinyllava.errors import UserError
 from tinyllava.files import FAULTS, check_model_files, parse_json
-from tinyllava.runs import is_whole_zip, list_checkpoints
+from tinyllava.resume import is_whole_zip
+from tinyllava.runs import list_checkpoints
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from tinyllava import checkpoint, hashes
 from tinyllava.commands.export import export_checkpoint
 from tinyllava.commands.verify import examine_checkpoint, list_others
 from tinyllava.errors import UserError
-from tinyllava.runs import find_last_checkpoint, find_resume_fault
+from tinyllava.resume import find_last_checkpoint, find_resume_fault
 from tinyllava.train import stage
 
 TUNE = {"llm": {"lora": {"r": 4, "alpha": 8}}, "connector": "full"}

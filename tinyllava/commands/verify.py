@@ -17,7 +17,8 @@ from tinyllava.errors import UserError
 from tinyllava.files import check_model_files, read_json
 from tinyllava.find import NANO, download_checkpoint, locate_part
 from tinyllava.hashes import ALGORITHM, FOR_PEOPLE, compare_again, list_damage
-from tinyllava.runs import FINAL, NUMBERED, OPTIMIZER_FILES, RECORD, find_resume_fault, read_run
+from tinyllava.resume import OPTIMIZER_FILES, find_resume_fault
+from tinyllava.runs import FINAL, NUMBERED, RECORD, read_run
 
 MARKERS = (RECORD, "config.json", "adapter_config.json")  # one of them is in every checkpoint
 LISTS = ("files", "training_state")  # in a record

@@ -10,7 +10,7 @@ from tinyllava.errors import UserError
 from tinyllava.tuning import Selection
 
 # What a launcher sets, such as `accelerate launch --use_fsdp`. TrainingArguments sets the same variables.
-ENGINES = {name: os.environ.get(name) for name in ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP")}
+ENGINES = {name: os.environ.get(name, "false") for name in ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP")}
 
 
 def forget_engine() -> None:
@@ -20,9 +20,7 @@ def forget_engine() -> None:
     training of a stage that does not ask for it.
     """
     unset_hf_deepspeed_config()
-    for name, given in ENGINES.items():
-        os.environ.pop(name, None)
-        os.environ |= {name: given} if given else {}
+    os.environ.update(ENGINES)
 
 
 def check_sharding(selections: Mapping[str, Selection], args: TrainingArguments) -> None:
@@ -30,8 +28,8 @@ def check_sharding(selections: Mapping[str, Selection], args: TrainingArguments)
     zero3 = args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3
     for part, selection in selections.items():
         if selection.quantised and (zero3 or args.fsdp):
-            sharding = "ZeRO-3" if zero3 else "FSDP"
-            raise UserError(f"the {part} is quantised, and {sharding} cannot shard packed weights. Use zero2 or DDP.")
+            engine = "ZeRO-3" if zero3 else "FSDP"
+            raise UserError(f"the {part} is quantised, and {engine} cannot shard packed weights. Use zero2 or DDP.")
         # A hook masks their gradient (train_rows), and FSDP replaces the parameters that have the hook.
         if selection.rows and args.fsdp:
             raise UserError(f"FSDP cannot train single rows of the {part}. Use zero2, zero3 or DDP.")

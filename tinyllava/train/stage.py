@@ -37,7 +37,8 @@ from tinyllava.identity import check_data_unchanged, check_moved_data
 from tinyllava.interrupt import catch_signals
 from tinyllava.locks import lock_run
 from tinyllava.model.vlm import VLM
-from tinyllava.runs import FINAL, START, UNIVERSAL, check_is_run, find_last_checkpoint, read_run, set_run_aside
+from tinyllava.resume import UNIVERSAL, find_last_checkpoint
+from tinyllava.runs import FINAL, START, check_is_run, read_run, set_run_aside
 from tinyllava.trackers import make_run_id, track_as
 from tinyllava.train.arguments import make_arguments
 from tinyllava.train.callbacks import RunLog, Stopper
@@ -139,19 +140,17 @@ def run_stage(
     facts = {"data": setup.dataset.sources, "validation": listed, "bad_samples": setup.dataset.bad_records.to_dict()}
     check_data_unchanged(name, before, facts)
     record.add_changes(name, before)
-    trainer.longest_first = before.get("longest_first", last is None)
     run_id = before.get("run_id") or make_run_id(name)
-    facts |= {"tuned": [vars(part) for part in setup.parts], "longest_first": trainer.longest_first, "run_id": run_id}
-    record.update_stage(name, **facts)
+    trainer.longest_first = facts["longest_first"] = before.get("longest_first", last is None)
+    record.update_stage(name, **facts, tuned=[vars(part) for part in setup.parts], run_id=run_id)
     for callback in follow(name, setup, output) if follow else ():
         trainer.add_callback(callback)
 
     samples = "streamed data" if isinstance(setup.dataset, StreamingDataset) else f"{len(setup.dataset):,} samples"
     logger.info("stage %s: %s", name, f"resuming from {last.name}" if last else f"training on {samples}")
-    running = explain_out_of_memory(name, setup.vlm.model, setup.dataset, setup.args)
     with catch_signals() as stop, stop.defer(), track_as(run_id, trainer, before.get("step", 0)):
         trainer.add_callback(Stopper(stop, trainer.callback_handler))
-        with running:
+        with explain_out_of_memory(name, setup.vlm.model, setup.dataset, setup.args):
             trainer.train(resume_from_checkpoint=str(last) if last else None)
 
         logger.info("stage %s: saving %s", name, output / FINAL)
@@ -226,8 +225,8 @@ def make_trainer(
         raise UserError("streaming data requires `max_steps`: its length is not known.")
     if setup.args.use_cpu and "OMP_NUM_THREADS" not in os.environ and setup.vlm.model.num_parameters() < ONE_THREAD:
         torch.set_num_threads(1)
-    early = setup.stage.early_stopping
-    stopping = [EarlyStoppingCallback(early.patience, early.threshold)] if early else []
+    stops = setup.stage.early_stopping
+    stopping = [EarlyStoppingCallback(stops.patience, stops.threshold)] if stops else []
     return Trainer(
         vlm=setup.vlm,
         args=setup.args,

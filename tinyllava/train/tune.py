@@ -198,9 +198,9 @@ def make_parameter_groups(
 def compute_learning_rates(groups: list[dict[str, Any]], first_rate: float) -> dict[str, float]:
     """{lr/PART: its learning rate now}. first_rate: that of the first group."""
     # All groups follow one schedule, so the ratio of their rates does not change.
-    initial = [group.get("initial_lr", group["lr"]) for group in groups]
-    ratios = [rate / initial[0] if initial[0] else 1.0 for rate in initial]
-    return {f"lr/{group['part']}": first_rate * ratio for group, ratio in zip(groups, ratios, strict=True)}
+    rates = {f"lr/{group['part']}": group.get("initial_lr", group["lr"]) for group in groups}
+    first = next(iter(rates.values()))
+    return {name: first_rate * (rate / first if first else 1.0) for name, rate in rates.items()}
 
 
 def _describe_part(model: TinyLlavaForConditionalGeneration, part: str, tune: Tune) -> TunedPart:

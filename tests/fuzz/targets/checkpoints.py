@@ -12,7 +12,7 @@ from tests.fuzz.harness import Case
 from tests.fuzz.mutate import edit_bytes, make_values, split_words
 from tests.fuzz.targets.answers import edit_json
 from tests.tiny_vlm import build_moved_vlm
-from tinyllava import checkpoint, runs
+from tinyllava import checkpoint, resume, runs
 from tinyllava.errors import UserError
 from tinyllava.files import check_model_files
 from tinyllava.find import find_checkpoint
@@ -127,7 +127,7 @@ def build(folder: Path) -> list[Case]:
     def read(input: tuple[int, list[Damage], bool]) -> None:
         directory = place.make(*input)
         checkpoint.is_whole(directory)
-        runs.find_resume_fault(directory, "plain", 1)
+        resume.find_resume_fault(directory, "plain", 1)
         runs.read_begun_stages(folder / "run")
         read_each(
             lambda: checkpoint.read_record(directory),
@@ -135,7 +135,7 @@ def build(folder: Path) -> list[Case]:
             lambda: find_part_files(directory),
             lambda: find_checkpoint(directory),
             lambda: find_checkpoint(folder / "run"),
-            lambda: runs.find_last_checkpoint(folder / "run/finetune", "plain", 1),
+            lambda: resume.find_last_checkpoint(folder / "run/finetune", "plain", 1),
         )
 
     def load(input: tuple[int, list[Damage], bool]) -> None:
