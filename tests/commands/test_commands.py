@@ -67,6 +67,7 @@ def test_turns_that_are_not_learned_are_not_green_and_each_stage_is_checked_as_i
     content = recipe(pictures)
     for stage in content["stages"].values():
         stage.update(data=[{"path": str(tmp_path / "turns.json")}], template="phi", on_bad_sample="skip")
+        stage["tune"] = {"llm": "full", "connector": "frozen"}  # no record has an image
     path = write_recipe(tmp_path, content)
 
     learns_last = "stages.finetune.supervised_turns=last"

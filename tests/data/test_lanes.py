@@ -9,8 +9,8 @@ from typing import Any
 import datasets
 import pytest
 
+from tinyllava import lanes
 from tinyllava.config import DataSpec
-from tinyllava.data import lanes
 from tinyllava.data.sources import Source, open_source
 from tinyllava.errors import UserError
 from tinyllava.lanes import Dealer, Place

@@ -8,7 +8,7 @@ from pathlib import Path
 import datasets
 import pytest
 
-from tinyllava import atomic
+from tinyllava import atomic, json_records
 from tinyllava.config import DataSpec
 from tinyllava.data.images import open_image
 from tinyllava.data.sample import SampleError
@@ -187,7 +187,7 @@ def test_what_is_missing(tmp_path, write, llava):
 
 def test_a_large_array_is_read_in_pieces(tmp_path, monkeypatch):
     """Pieces of 64 bytes: every record, string, escape and number is cut somewhere."""
-    monkeypatch.setattr(_json, "CHUNK", 64)
+    monkeypatch.setattr(json_records, "CHUNK", 64)
     records = [
         {"id": n, "text": 'né \\ " ☃ 😀' * (n % 7), "list": [n, {"deep": [1.5e-3, None, True]}]} for n in range(60)
     ]

@@ -15,9 +15,10 @@ from tinyllava.config import DataSpec, Recipe
 from tinyllava.data.collate import Collator
 from tinyllava.data.streaming import StreamingDataset
 from tinyllava.errors import UserError
+from tinyllava.hashes import seal
 from tinyllava.runs import read_run
 from tinyllava.train import stage
-from tinyllava.train.batching import StreamLoader, StreamShare
+from tinyllava.train.batching import StreamLoader
 from tinyllava.train.callbacks import read_metrics
 
 
@@ -74,7 +75,7 @@ def make_loader(
     dataset: StreamingDataset, world: int = 1, rank: int = 0, micro: int = 2, workers: int = 0
 ) -> StreamLoader:
     options = {"num_workers": workers, "pin_memory": False, "persistent_workers": workers > 0}
-    return StreamLoader(StreamShare(dataset, 8, world, rank), micro, Collator(0), **options)
+    return StreamLoader(dataset, 8, micro, world, rank, Collator(0), **options)
 
 
 def test_a_step_does_not_depend_on_how_it_is_executed(open_stream, tmp_path: Path) -> None:
@@ -167,6 +168,6 @@ def test_a_stream_of_an_earlier_version_is_refused(finished: tuple[Recipe, Path]
     (folder / "stream-0.json").unlink()
     record = json.loads((folder / "tinyllava.json").read_text())
     del record["training_state"]["stream-0.json"]
-    (folder / "tinyllava.json").write_text(json.dumps(record))
+    (folder / "tinyllava.json").write_text(seal(record))
     with pytest.raises(UserError, match=r"8 of 8 lanes .* An earlier version wrote it.*--overwrite"):
         stage.run(content, "tiny", run)
