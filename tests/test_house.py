@@ -1,7 +1,15 @@
 """The size of the package and its names: `pytest -s tests/test_house.py` prints the figures.
 
-The core is what every run needs. The rest (stamps, data/prepare, benchmarks, legacy reading, commands) can be removed
-without touching it.
+The core is the way from a recipe to a trained model and its answers: the rooms in CORE. Only it has a limit, so that
+a reader can keep it in mind. The rest are
+
+- the ground floor: files directly in tinyllava/ that import nothing of models (GROUND in test_imports.py). The core
+  uses them.
+- guards: they watch the training. `train` calls them, but the training itself does not need them.
+- wings: what a run can do without. They are stamps, eval, pages, commands and cli, and the files in NOT_CORE: data
+  formats beside the usual ones, the download of datasets, and the reading of earlier checkpoints and their templates.
+
+To remove a wing, remove its entry too, such as that of a data format in FORMATS.
 """
 
 import ast

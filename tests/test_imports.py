@@ -10,8 +10,8 @@ import pytest
 
 from tests.source_tree import FILES, PACKAGE, PARTS, name_file, name_module, parse_file
 
-# From the ground up. A file imports from its own room and from rooms before it. Rooms that are not there yet have
-# their place already.
+# From the ground up. A file imports from its own room and from rooms before it. `explain`, `serve` and `sweep` are not
+# there yet, and have their place already. `guards` uses models and data, and `train` uses `guards`.
 ROOMS = (
     "errors",
     "ground",
@@ -28,6 +28,8 @@ ROOMS = (
     "infer",
 )
 ROOMS += ("explain", "eval", "pages", "serve", "sweep", "commands", "cli")
+# Files directly in tinyllava/ that everything above may use. They import only each other and
+# `errors`, so nothing of parts, models or training. A new file gets a name here.
 GROUND = ("atomic", "files", "provenance", "console", "cache", "runs", "identity", "engines")
 GROUND += ("downloads", "failures", "find", "gguf_files", "hashes", "interrupt", "json_records", "lanes", "locks")
 GROUND += ("memory", "record", "resume", "sandbox", "secrets", "trackers")

@@ -31,11 +31,12 @@ def load(
     attn_implementation: str | None = None,
     **missing: Any,
 ) -> "Session":
-    """Load a model to chat with from the directory of a checkpoint, a stage or a run. See `tinyllava.infer.Session`.
+    """Load a model to chat with. See `tinyllava.infer.Session`.
 
-    It also loads released checkpoints of the original TinyLLaVA Factory. missing: values that such a checkpoint does
-    not contain, for example template="phi" (see `tinyllava.checkpoint.legacy`). Raises UserError if there is no
-    complete checkpoint.
+    path: a checkpoint, a stage, a run, a model on the Hub as USER/NAME, or `nano`, the model of the package. It can
+    also be a released checkpoint of the original TinyLLaVA Factory. missing: values that such a checkpoint does not
+    contain, for example template="phi" (see `tinyllava.checkpoint.legacy`). Raises UserError if there is no complete
+    checkpoint, or if its files have changed since they were saved.
     """
     from tinyllava.infer import Session
 

@@ -2,8 +2,9 @@
 
 torch and transformers are imported inside the functions, so that `--help` and `list` are fast.
 
-Exit codes: 0 success, 1 a check found problems (`data check`, `doctor`), 2 an error that the user can correct (one or
-two lines on stderr; `--debug` adds the traceback), 75 a signal stopped a run that the same command resumes, 130 Ctrl-C.
+Exit codes: 0 success, 1 a check found problems (`data check`, `data prepare`, `doctor`), 2 an error that the user can
+correct (one or two lines on stderr; `--debug` adds the traceback), 75 a signal stopped a run that the same command
+resumes, 130 Ctrl-C. docs/scale.md has the whole table.
 """
 
 import os
@@ -40,7 +41,8 @@ Overrides = Annotated[
     typer.Argument(metavar="KEY=VALUE", help="Replace values: stages.finetune.trainer.learning_rate=1e-4"),
 ]
 Checkpoint = Annotated[
-    str, typer.Argument(metavar="CHECKPOINT", help="A checkpoint, a run such as runs/quickstart, or `nano`.")
+    str,
+    typer.Argument(metavar="CHECKPOINT", help="A checkpoint, a stage, a run, USER/NAME on the Hub, or `nano`."),
 ]
 KeyValues = Annotated[
     list[str] | None,
@@ -69,7 +71,7 @@ def train(
     output_dir: Annotated[
         Path | None, typer.Option("--output", help="The directory of the run. Default: runs/RECIPE.")
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete an earlier run in that directory.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run in that directory.")] = False,
     data: DataRoot = None,
 ) -> None:
     """Train all stages of a recipe, then evaluate on the benchmarks in its `eval` list. Run it again to resume."""
@@ -84,7 +86,7 @@ def preview_run(
     overrides: Overrides = None,
     offline: Annotated[bool, typer.Option("--offline", help="Download nothing: show tiny models instead.")] = False,
 ) -> None:
-    """Show what training will do: coloured samples, parts, lengths and steps. Loads no weights."""
+    """Show what training will do: coloured samples, parts, lengths, steps and memory. Trains nothing."""
     from tinyllava.config import load_recipe
 
     loaded = load_recipe(recipe, overrides)
@@ -118,7 +120,7 @@ def chat(
 @app.command("eval")
 def evaluate_checkpoint(
     checkpoint: Annotated[
-        str | None, typer.Argument(metavar="CHECKPOINT", help="A checkpoint, or a run such as runs/quickstart.")
+        str | None, typer.Argument(metavar="CHECKPOINT", help="A checkpoint, a stage, a run, USER/NAME, or `nano`.")
     ] = None,
     tasks: Annotated[str | None, typer.Option(help=TASKS + " Separate several with commas.")] = None,
     data: DataRoot = None,
@@ -237,7 +239,7 @@ def prepare_data(
 
 @app.command("doctor")
 def run_doctor(checkpoint: Annotated[str | None, typer.Argument(metavar="CHECKPOINT")] = None) -> None:
-    """Check this machine, or all files of CHECKPOINT against their hashes. Exits with 1 if there is a problem."""
+    """Check this machine, or all files of a checkpoint, stage or run against their hashes. Exits with 1 for a problem."""
     from tinyllava.commands.doctor import diagnose
 
     if not diagnose(output, checkpoint):

@@ -13,7 +13,7 @@ Read saving.py first.
 Weights have the names of published `llava-hf` checkpoints. The config is plain `llava` wherever that is exact, so that
 transformers and vLLM load the directory as it is; `explain_not_plain` gives the reason where it is not. Each part has
 weight files of its own: a part that did not change since the last save is a hard link. `tinyllava.json` is written last
-and lists every file with its size, so a directory that is not complete is refused.
+and lists every file with its size and hash, so a directory that is incomplete or damaged is refused.
 """
 
 from tinyllava.checkpoint.layout import explain_not_plain

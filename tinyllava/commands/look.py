@@ -1,4 +1,4 @@
-"""`tinyllava look RECIPE`: show everything a run will do. It trains nothing and reads no weights.
+"""`tinyllava look RECIPE`: show everything a run will do. It trains nothing. Weights are read of a `checkpoint:` only.
 
 For each stage: the parts and their learning rates, the data with its lengths, and real samples of the first batch with
 the supervised tokens in green. At the end: which libraries will be able to load the checkpoint.

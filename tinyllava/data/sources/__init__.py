@@ -9,10 +9,16 @@ A format is a module with three functions:
 To add a data format of your own, write such a module and name it in a recipe as `format: my_package.my_module`. It
 needs only `read`: `matches` is not called when a recipe names the format, and the Source holds `to_sample`.
 `messages.py` is a short example. `unpack` returns a record as its author wrote it. To add a format to this package, put
-its file here and its module into FORMATS.
+its file here and its module into FORMATS. The formats of the package, in the order in which `open_source` tries them:
 
-`open_source(spec)` tries the formats in order. Records are memory-mapped Arrow or a stream; workers do not copy them.
-Read source.py first, then llava_json.py.
+    stamps       the embedded dataset, by its name: stamps:tiny/captions
+    tar          WebDataset, by `.tar` in the path or in the folder; only with `streaming: true`
+    hub          tables: Parquet, any other folder, any pattern with `*`, the id of a dataset on the Hub
+    llava_json   JSON or JSON lines whose first records have `conversations`
+    messages     JSON or JSON lines whose first records have `messages`
+
+`hub` accepts every folder and every pattern, so what reads folders stands before it. Records are memory-mapped Arrow or
+a stream; workers do not copy them. Read source.py first, then llava_json.py.
 """
 
 import importlib
