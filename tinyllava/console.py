@@ -40,8 +40,9 @@ def neutralise(text: str) -> str:
     return UNSAFE.sub("?", text)
 
 
-output = SafeConsole()
-messages = SafeConsole(stderr=True)
+# emoji: rich would turn `:smile:` in an answer or a path into a picture
+output = SafeConsole(emoji=False)
+messages = SafeConsole(stderr=True, emoji=False)
 
 
 def is_main_process() -> bool:

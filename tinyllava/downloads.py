@@ -147,7 +147,7 @@ def _is_direct(request: Request) -> bool:
     The proxy resolves the name again, and a name may be known only to the proxy: then its own rules decide.
     """
     parts = urlsplit(request.full_url)
-    is_direct = request.host == parts.netloc
+    is_direct = not (request.has_proxy() or request._tunnel_host)  # a host that differs can also be one in %XX
     if not is_direct:
         with suppress(socket.gaierror):
             _check_addresses(socket.getaddrinfo(parts.hostname, parts.port or 80, type=socket.SOCK_STREAM))
@@ -172,6 +172,8 @@ def _check_url(url: str) -> SplitResult:
         raise OSError(f"it leads to {parts.scheme or 'no'}://, expected http:// or https://")
     if has_credentials:
         raise OSError("it contains a user name or password: remove them, or download the image yourself")
+    if "%" in parts.netloc:  # urllib, and some proxies, would decode the name after its check
+        raise OSError("its host contains a %, expected a plain name or address")
     return parts._replace(path=quote(parts.path, safe=SAFE), query=quote(parts.query, safe=SAFE), fragment="")
 
 

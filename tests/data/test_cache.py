@@ -13,7 +13,7 @@ from pathlib import Path
 import datasets
 import pytest
 
-from tinyllava.cache import mark_used, read_description
+from tinyllava.cache import hash_files, mark_used, read_description
 from tinyllava.cli import run_command
 from tinyllava.config import DataSpec
 from tinyllava.data import sources
@@ -25,6 +25,7 @@ from tinyllava.data.template import Template
 from tinyllava.errors import UserError
 
 ROOT = Path(__file__).parents[2]
+PARTIAL = ".half-0123456789abcdef.arrow.partial"
 TURNS = [{"role": "user", "content": "say"}, {"role": "assistant", "content": "it"}]
 
 
@@ -167,24 +168,28 @@ def test_the_cache_is_listed_and_pruned(files: dict, cache: Path, capsys) -> Non
     assert show(capsys) == f"{cache}: 0 entries, 0.0 MB"
     for path in files.values():
         open_source(DataSpec(path=path))
-    (cache / "stamps" / "tiny-v1").mkdir(parents=True)
-    (cache / "stamps" / "tiny-v1" / "a.jpg").write_bytes(b"1" * 200_000)
-    (cache / "records" / ".half.arrow.partial").write_bytes(b"1" * 300_000)
+    (cache / "stamps" / "tiny-v1-seed0").mkdir(parents=True)
+    (cache / "stamps" / "tiny-v1-seed0" / "a.jpg").write_bytes(b"1" * 200_000)
+    (cache / "records" / PARTIAL).write_bytes(b"1" * 300_000)
     shown = show(capsys)
     assert "4 entries" in shown and shown.count("in use") == 2 and "/data.jsonl" in shown
     assert "not described" in shown and "--prune" not in shown
 
     long_ago = time.time() - 40 * 24 * 3600
-    for path in (*cache.rglob("*.json"), cache / "stamps" / "tiny-v1", cache / "records" / ".half.arrow.partial"):
+    for path in (
+        *cache.rglob("*.json"),
+        cache / "stamps" / "tiny-v1-seed0",
+        cache / "records" / PARTIAL,
+    ):
         os.utime(path, (long_ago, long_ago))
     shown = show(capsys)
     assert "not used for 40 days" in shown and "left over" in shown and "deletes 2 of them, 0.5 MB" in shown
     assert "deleted 2 entries, 0.5 MB" in show(capsys, "--prune")
-    assert not (cache / "stamps" / "tiny-v1").exists() and not (cache / "records" / ".half.arrow.partial").exists()
+    assert not (cache / "stamps" / "tiny-v1-seed0").exists() and not (cache / "records" / PARTIAL).exists()
     assert len(open_source(DataSpec(path=files["records"]))) == 300  # this process uses it: it stays, however old
 
     (old,) = (cache / "records").glob("*.json")
-    copy = old.with_name("other-0.json")  # of no process
+    copy = old.with_name("other-0123456789abcdef.json")  # of no process
     copy.write_text(old.read_text())
     os.utime(copy, (long_ago, long_ago))
     shown = show(capsys)
@@ -202,3 +207,29 @@ def test_a_damaged_entry_that_nobody_uses_is_pruned(files: dict, cache: Path, ca
     assert "damaged" in show(capsys)
     assert "deleted 1 entries" in show(capsys, "--prune")
     assert [path.suffix for path in (cache / "records").iterdir()] == [".lock"]
+
+
+def test_nothing_of_the_user_is_deleted(files: dict, tmp_path: Path, capsys, monkeypatch) -> None:
+    """TINYLLAVA_CACHE=$HOME, or a folder of the user's own data sets with names like those of our folders."""
+    home = tmp_path / "home"
+    monkeypatch.setenv("TINYLLAVA_CACHE", str(home))
+    key = "0123456789abcdef"
+    names = ["thesis.tex", "docs/a.arrow", "datasets/coco.json", f"datasets/coco/{key}.jpg", "records/tax.json"]
+    names += ["records/tax_2024.pdf", "gguf/mine/a.gguf", "stamps/mine/a.png", "tokenised/a.arrow", f"{key}.arrow"]
+    names += ["datasets/audio/x.arrow", f"docs/x-{key}.arrow", ".cache/pip/x.arrow"]
+    ours = [f"records/x-{key}.json", f"tokenised/{key}.arrow", f"gguf/x-{key}/a.bin", f"records/.x-{key}.arrow.partial"]
+    ours += [f"datasets/parquet/default-{key}/0.0.0/{key}/parquet-train.arrow", "stamps/tiny-v1-seed0/a.png"]
+    ours += [f"datasets/q/default/0.0.0/{key}.incomplete/q-train-00000-00000-of-NNNNN.arrow"]
+    for name in (*names, *ours):
+        (home / name).parent.mkdir(parents=True, exist_ok=True)
+        (home / name).write_text("1")
+    # A description that names files elsewhere, which are what it says.
+    described = {"source": "?", "made": "", "files": {"../docs/a.arrow": hash_files(str(home / "docs" / "a.arrow"))}}
+    (home / "records" / f"x-{key}.json").write_text(json.dumps(described))
+    (home / "gguf" / f"link-{key}").symlink_to(home / "gguf" / "mine")
+    long_ago = time.time() - 400 * 24 * 3600
+    for path in home.rglob("*"):
+        os.utime(path, (long_ago, long_ago))
+    assert f"deleted {len(ours) + 1} entries" in show(capsys, "--prune")
+    left = {str(path.relative_to(home)) for path in home.rglob("*") if path.is_file()}
+    assert left == set(names)

@@ -111,3 +111,20 @@ def test_shards_of_a_tar_set_are_read_alone(write_tar: Callable[..., str]) -> No
     ids = [[lane.take(each, lambda record: record["id"]) for _ in range(3)] for each, lane in enumerate(lanes)]
     assert all(len({identity[0] for identity in lane}) == 1 for lane in ids)
     assert len({identity for lane in ids for identity in lane}) == 12
+
+
+def test_a_sparse_member_does_not_fill_the_memory(tmp_path: Path) -> None:
+    """Its holes are not in the file: 10 kB can stand for a terabyte."""
+    content = draw("red")
+    with tarfile.open(tmp_path / "a.tar", "w", format=tarfile.PAX_FORMAT) as archive:
+        for name, data in (("one.json", talk()), ("one.png", content), ("two.json", talk()), ("two.png", content)):
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            if name == "one.png":
+                info.pax_headers = {"GNU.sparse.size": str(1 << 50), "GNU.sparse.map": f"0,{len(data)}"}
+            archive.addfile(info, io.BytesIO(data))
+    source = open_source(DataSpec(path=str(tmp_path / "a.tar"), streaming=True))
+    holes, whole = (source.to_sample(record) for record in source.iterate())
+    assert open_image(whole.images[0]).size == (16, 16)
+    with pytest.raises(SampleError, match="not an image"):
+        open_image(holes.images[0])

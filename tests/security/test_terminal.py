@@ -8,6 +8,7 @@ from rich.progress import Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
+from tinyllava.commands.chat import answer_once
 from tinyllava.commands.check_data import check_source
 from tinyllava.console import SafeConsole, neutralise, output
 from tinyllava.eval.benchmarks import Question
@@ -80,3 +81,22 @@ def test_html_pages_escape_questions_and_answers():
     question = Question("1", 1, "<script>alert(1)</script>", (), "<b>no</b>", "<i>cat</i>", ())
     html = _render_card(question, {"score": 0.0}, "<img src=x onerror=alert(1)>")
     assert all(text not in html for text in ("<script>", "<img", "<i>", "<b>")) and "&lt;script&gt;" in html
+
+
+class Speaker:
+    """A session that answers with given pieces."""
+
+    def __init__(self, *pieces):
+        self.pieces = pieces
+
+    def stream(self, *_, **__):
+        return iter(self.pieces)
+
+
+def test_an_answer_is_printed_as_it_is(capsys):
+    """No markup, no emoji of a name, no spaces for tabs, no lost ends of lines."""
+    pieces = ["a\tb", "\tc :smile: [bold]x[/bold] [/x]", " עברית‏ مرحبا‌ب 👨‍👩‍👧\n", "汉字　\u00a0x \\", "y" * 300, "  "]
+    answer_once(Speaker(*pieces), "", [])
+    assert capsys.readouterr().out == "".join(pieces) + "\n"
+    answer_once(Speaker("\x1b", "[31mred\x1b", "]0;owned", "\x07"), "", [])
+    assert capsys.readouterr().out == "?[31mred?]0;owned?\n"

@@ -73,6 +73,7 @@ NOT_PUBLIC = """
 64:ff9b::127.0.0.1 64:ff9b::10.0.0.1 2001:0:7f00:1::1 100::1
 """
 SPELLINGS = "127.0.0.1 localhost 127.1 2130706433 0x7f000001 0177.0.0.1 0 [::1] [::ffff:127.0.0.1] LOCALHOST"
+SPELLINGS += " %3127.0.0.1 %6cocalhost 127.0.0.%31"  # urllib decodes them
 ODD = """
 http://user:hunter2@127.0.0.1/a.png http:// http://[ http://x:99999999/ http:///a http://\x00/ https://a\x00b/
 http://u:hunter2@[ HTTP://me:hunter2@localhost:1/ http://%00/

@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
 
+from rich.segment import Segment, Segments
+
 from tinyllava.console import messages, output, show_error
 from tinyllava.data.images import open_image
 from tinyllava.errors import UserError
@@ -24,7 +26,7 @@ COMMANDS = ("/image", "/reset", "/exit")
 def answer_once(session: Session, text: str, images: list[str], **generation: Any) -> None:
     """Ask one question and write the answer to stdout piece by piece."""
     for piece in session.stream(text, images, **generation):
-        output.print(piece, end="", markup=False, highlight=False, soft_wrap=True)
+        output.print(Segments([Segment(piece)]), end="", soft_wrap=True)  # as text, its tabs would become spaces
     output.print()
 
 
@@ -40,7 +42,9 @@ def answer_lines(session: Session, images: list[str], **generation: Any) -> None
     if interactive:
         with suppress(ImportError):
             import readline  # noqa: F401  (arrow keys and history for input())
-        messages.print(f"{session.path}  {' '.join(COMMANDS)}, Ctrl-D to exit", style="dim", highlight=False)
+        messages.print(
+            f"{session.path}  {' '.join(COMMANDS)}, Ctrl-D to exit", style="dim", highlight=False, markup=False
+        )
     for line in read_lines(interactive):
         try:
             command, _, argument = line.partition(" ")

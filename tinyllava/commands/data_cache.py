@@ -1,5 +1,6 @@
 """`tinyllava data cache`: what the cache of prepared data holds, how large it is, and what can go."""
 
+import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,11 +14,15 @@ from rich.table import Table
 from tinyllava import atomic
 from tinyllava.cache import find_cache_root, is_in_use, read_description
 from tinyllava.console import output
+from tinyllava.files import is_inside
 
 UNUSED = 30  # days after which an entry is pruned
 LEFTOVER = 24 * 3600  # seconds: a partial file that is younger may still be written
 DESCRIBED = ("records", "tokenised", "datasets")  # folders of entries that a KEY.json describes
 FOLDERS = ("stamps", "gguf")  # each folder in these is an entry
+# The names of what we write: [NAME-]KEY.arrow or tiny-v1-seed0, hidden while they are partial. TINYLLAVA_CACHE may name
+# the home, or a folder with `datasets` of the user's own: nothing else is listed or deleted.
+OURS = re.compile(r"\.?(.+-)?[0-9a-f]{16}([._].*)?|\.?[a-z]+-v\d+-seed\d+.*")
 
 
 @dataclass
@@ -53,7 +58,9 @@ def show_cache(
         output.print(table)
     pruned = [entry for entry in entries if entry.is_pruned]
     output.print(
-        f"{root}: {len(entries)} entries, {format_size(sum(entry.size for entry in entries))}", highlight=False
+        f"{root}: {len(entries)} entries, {format_size(sum(entry.size for entry in entries))}",
+        highlight=False,
+        markup=False,
     )
     size = format_size(sum(entry.size for entry in pruned))
     if prune:
@@ -69,7 +76,11 @@ def list_entries(root: Path) -> Iterator[CacheEntry]:
     known: set[Path] = set()
     for kind in DESCRIBED:
         for path in (root / kind).glob("*.json"):
+            if not OURS.fullmatch(path.name):
+                continue
             described = read_description(path)
+            if not all(map(is_inside, described.get("files", ()))):  # which names files that are not of the cache
+                described = {}
             files = [path, *(path.parent / name for name in described.get("files", ()))]
             files += [file for file in path.parent.glob(f"{path.stem}[._]*") if file.suffix != ".lock"]
             known |= set(files := sorted(set(files)))
@@ -77,17 +88,26 @@ def list_entries(root: Path) -> Iterator[CacheEntry]:
             yield judge_entry(CacheEntry(path, kind, source, files, path.stat().st_mtime), not described)
     for kind in FOLDERS:
         for path in (root / kind).glob("[!.]*"):
-            if path.is_dir():
+            if path.is_dir() and OURS.fullmatch(path.name):
                 known |= set(files := list(path.rglob("*")))
                 yield judge_entry(CacheEntry(path, kind, path.name, files, path.stat().st_mtime))
-    for path in sorted(root.rglob("*")):
-        # `datasets` keeps small files beside its tables.
-        is_small = path.suffix in (".lock", ".json") or path.name.endswith(("_builder.lock", "dataset_info.json"))
-        if path.is_file() and path not in known and not is_small:
+    for path in sorted(path for kind in (*DESCRIBED, *FOLDERS) for path in (root / kind).rglob("*")):
+        is_small = path.suffix in (".lock", ".json")  # `datasets` keeps small files beside its tables
+        if path.is_file() and path not in known and not is_small and is_ours(path, root):
             used = path.stat().st_mtime
             is_old = time.time() - used > LEFTOVER
             state = "left over" if is_old else "not described"
             yield CacheEntry(path, path.relative_to(root).parts[0], path.name, [path], used, state, is_old)
+
+
+def is_ours(path: Path, root: Path) -> bool:
+    """Whether we, or `datasets` for us, wrote a file in a folder of the cache."""
+    kind, *names = path.relative_to(root).parts
+    if kind != "datasets":
+        return bool(OURS.fullmatch(names[0]))
+    # NAME/CONFIG-KEY/VERSION/KEY/TABLE.arrow, and in KEY.incomplete while it is written
+    is_table = path.suffix == ".arrow" or path.parent.suffix == ".incomplete"
+    return is_table and any(map(OURS.fullmatch, names))
 
 
 def judge_entry(entry: CacheEntry, is_damaged: bool = False) -> CacheEntry:

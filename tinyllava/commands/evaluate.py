@@ -53,7 +53,9 @@ def ask_and_score(
     print_scores(results)
     for task in tasks:
         page = folder / "eval" / task.name / "samples.html"
-        output.print(f"{task.name}: sample answers with their images in {page}", highlight=False, soft_wrap=True)
+        output.print(
+            f"{task.name}: sample answers with their images in {page}", highlight=False, markup=False, soft_wrap=True
+        )
 
 
 def print_comparison(a: Path, b: Path, names: list[str]) -> None:

@@ -42,17 +42,17 @@ def export_and_show(
     vlm = export_checkpoint(path, to, output_dir, push or output_dir.name, dtype, lacking)
     if to == "split":
         for part in ("llm", "vision_tower", "connector"):
-            output.print(f"{output_dir}/{part}", highlight=False, soft_wrap=True)
+            output.print(f"{output_dir}/{part}", highlight=False, markup=False, soft_wrap=True)
     else:
         directory = output_dir / "base" if to == "adapter" else output_dir
         reason = checkpoint.explain_not_plain(vlm.model)
         kind = "plain llava" if reason is None else f"not plain llava: {reason}"
-        output.print(f"{directory}: {kind}", highlight=False, soft_wrap=True)
+        output.print(f"{directory}: {kind}", highlight=False, markup=False, soft_wrap=True)
         show_engines(directory, output)
     if to == "adapter" and not find_engines(vlm.model)["vLLM"].startswith("no"):
-        output.print(make_serve_command(output_dir), highlight=False, soft_wrap=True)
+        output.print(make_serve_command(output_dir), highlight=False, markup=False, soft_wrap=True)
     if push:
-        output.print(f"uploaded to {push_to_hub(output_dir, push)}", highlight=False, soft_wrap=True)
+        output.print(f"uploaded to {push_to_hub(output_dir, push)}", highlight=False, markup=False, soft_wrap=True)
 
 
 def export_checkpoint(path: str, to: str, output_dir: Path, name: str, dtype: str, lacking: Mapping[str, Any]) -> VLM:

@@ -22,7 +22,7 @@ def score_and_show(
     with messages.status(f"scoring {task.title}"):
         results = score_file(task, root, answers, folder, allow_partial, judge)
     print_scores(results, [task.name])
-    output.print(f"{folder / RESULTS}", highlight=False, soft_wrap=True)
+    output.print(f"{folder / RESULTS}", highlight=False, markup=False, soft_wrap=True)
 
 
 def score_file(

@@ -29,6 +29,8 @@ def train_and_score(
             return
         if tasks:
             ask_and_score(final, tasks, data, directory)
-    output.print(f"\nchat     tinyllava chat {shlex.quote(str(directory))}", highlight=False, soft_wrap=True)
-    output.print(f"weights  {final}", highlight=False, soft_wrap=True)
+    output.print(
+        f"\nchat     tinyllava chat {shlex.quote(str(directory))}", highlight=False, markup=False, soft_wrap=True
+    )
+    output.print(f"weights  {final}", highlight=False, markup=False, soft_wrap=True)
     show_engines(final, output)

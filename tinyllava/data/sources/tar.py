@@ -57,8 +57,7 @@ def to_sample(record: dict[str, Any]) -> Sample:
         named = {name: value for name, value in unpack(record).items() if name not in ("image", "images")}
     except ValueError as error:
         raise SampleError("no_conversation", f"its .json is not valid JSON ({error})", record["id"]) from None
-    make = Sample.from_messages if "messages" in named else Sample.from_llava
-    return make({**named, "images": record["pictures"]})
+    return (Sample.from_messages if "messages" in named else Sample.from_llava)({**named, "images": record["pictures"]})
 
 
 def _read_tars(files: list[str]) -> Iterator[dict[str, Any]]:
@@ -82,6 +81,7 @@ def _iterate_members(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
     for member in iter(archive.next, None):
         archive.members.clear()  # it would keep every header
         if member.isfile():
+            member.size = 1 if member.issparse() else member.size  # holes are of any size: 10 kB can be a terabyte
             yield member
 
 
