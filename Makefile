@@ -55,7 +55,7 @@ test-distributed-full: install $(DISTRIBUTED)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 tests/test_matrix.py --full-matrix
 
 # A layer on .venv: it reads torch and everything else from there.
-$(DISTRIBUTED)/.installed: tests/distributed/requirements.lock
+$(DISTRIBUTED)/.installed: tests/distributed/requirements.lock | $(VENV)/.installed
 	$(PYTHON) -m venv $(DISTRIBUTED)
 	$(DISTRIBUTED)/bin/pip install --quiet --disable-pip-version-check --no-deps --requirement $<
 	echo "import site; site.addsitedir('$$($(BIN)/python -c 'import site; print(site.getsitepackages()[0])')')" \

@@ -1,4 +1,4 @@
-"""`tinyllava` with a process of the group that fails in the middle of the third step:
+"""`tinyllava` with a process of the group that fails, or gets a signal, in the middle of the third step:
 
 torchrun --nproc_per_node 2 -m tests.distributed.break_rank HOW train RECIPE ...
 """
@@ -16,13 +16,15 @@ from tinyllava.errors import UserError
 from tinyllava.train.trainer import Trainer
 
 MESSAGE = "the image of sample i7 cannot be read"
+SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGTERM}
 
 
 def fail(how: str) -> None:
-    """Fail as `how` says."""
+    """Fail as `how` says. After "stop", the step goes on."""
     print(f"fails at {time.time()}", file=sys.stderr, flush=True)
-    if how == "kill":
-        os.kill(os.getpid(), signal.SIGKILL)
+    if how in SIGNALS:
+        os.kill(os.getpid(), SIGNALS[how])
+        return
     raise UserError(MESSAGE) if how == "refuse" else ZeroDivisionError(MESSAGE)
 
 

@@ -27,6 +27,7 @@ TUNINGS: dict[str, dict[str, Any]] = {
     "lora": {"llm": {"lora": {"r": 4, "alpha": 8}, "lr": 5e-3}, "vision_tower": LORA},
     "qlora": {"llm": {"qlora": {"r": 4, "alpha": 8}}},
 }
+DORA = {"lora": {"r": 4, "alpha": 8, "use_dora": True}}
 CONNECTORS: dict[str, Any] = {
     "identity": "identity",
     "linear": "linear",
@@ -96,7 +97,7 @@ SAMPLE = choose_sample(ALL)
 
 def make_recipe(case: Case, pictures: Path, engine: str | None = None, **trainer: Any) -> Recipe:
     """One stage on instructions with and without an image. engine: replaces that of the case; `one` is one process."""
-    tune = TUNINGS[case.tuning]
+    tune = {**TUNINGS, "dora": {"llm": DORA, "vision_tower": DORA}}[case.tuning]
     if (case.tuning, case.connector) == ("frozen", "identity"):  # nothing of it could be trained
         tune = {"vision_tower": {"partial": {"last": 2}}}
     tower = MIXTURE if case.connector == "mof_mlp" else WIDE

@@ -8,12 +8,17 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.cases import ALL, ENGINES, SAMPLE, SAVED, Case, make_recipe
+from tests.conftest import make_pictures
+from tests.distributed.cases import ALL, ENGINES, GLOBAL_BATCH, SAMPLE, SAVED, Case, make_recipe
 from tests.distributed.launch import Job, Ran, interrupt, run_jobs
+from tinyllava.config import Recipe
+from tinyllava.train import stage
+from tinyllava.train.plan import Plan
 
 IS_RUN = bool(os.environ.get("TINYLLAVA_DISTRIBUTED"))
 PIPELINES = (("zero3", "ddp"), ("fsdp", "zero2"), ("fsdp", "ddp"), ("zero2", "fsdp"), ("ddp", "zero3"))
 MORE = tuple(Case(engine, "lora", "mlp") for engine in ENGINES)  # resumed, stopped early, and in three processes
+UNREADABLE = 2 * GLOBAL_BATCH - 1  # images, from the second step on
 Runs = dict[str, Ran]
 
 
@@ -43,14 +48,21 @@ def make_stopped_job(name: str, case: Case, engine: str, pictures: Path, folder:
 
 
 def make_pipeline_job(engines: tuple[str, str], pictures: Path, folder: Path) -> Job:
-    """Two stages, each with an engine of its own."""
-    case = Case("", "lora", "mlp")
+    """Two stages, each with an engine of its own. DoRA divides by norms of the base weights, which engines shard."""
+    case = Case("", "dora", "mlp")
     stages = [make_recipe(case, pictures, engine).stages["finetune"].model_dump() for engine in engines]
     stages[0]["tune"]["llm"] = {"tuning": {"frozen": {}}}
     model = make_recipe(case, pictures, "one").model_dump()
     name = "-then-".join(engines)
     named = dict(zip(("pretrain", "finetune"), stages, strict=True))
-    return Job(name, type(make_recipe(case, pictures, "one")).model_validate({**model, "stages": named}), folder / name)
+    return Job(name, Recipe.model_validate({**model, "stages": named}), folder / name)
+
+
+def make_unreadable_job(name: str, case: Case, engine: str, damaged: Path, folder: Path) -> Job:
+    """A run over images that cannot all be read."""
+    content = make_recipe(case, damaged, engine).model_dump()
+    content["stages"]["finetune"] |= {"data": [{"path": str(damaged / "captions.json")}], "on_bad_sample": "skip"}
+    return Job(name, Recipe.model_validate(content), folder / name)
 
 
 @pytest.fixture(scope="session")
@@ -65,24 +77,43 @@ def mixed(pictures: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def one(mixed: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Runs:
+def damaged(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Captions of which the second step has no readable image, and the third has one."""
+    folder = make_pictures(tmp_path_factory.mktemp("damaged"))
+    job = make_unreadable_job("", MORE[0], "one", folder, folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TINYLLAVA_CACHE", str(tmp_path_factory.mktemp("cache")))
+        setup = stage.prepare_stage(job.recipe, "finetune", empty=True)
+    plan = Plan(setup.dataset.lengths, GLOBAL_BATCH, 1, seed=setup.args.data_seed, longest_first=True)
+    for number in plan.shuffle(0)[GLOBAL_BATCH : GLOBAL_BATCH + UNREADABLE]:
+        image = folder / f"{number}.png"
+        image.write_bytes(image.read_bytes()[:500])
+    return folder
+
+
+@pytest.fixture(scope="session")
+def one(mixed: Path, damaged: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Runs:
     """The runs in one process, which the others must equal."""
     folder = tmp_path_factory.mktemp("one")
     cases = {case.reference: case for case in [*choose_cases(request.config), *MORE] if not case.is_refused}
     jobs = [Job(name, make_recipe(case, mixed, "one"), folder / name) for name, case in cases.items()]
     jobs += [make_pipeline_job(("one", "one"), mixed, folder)]
     jobs += [make_stopped_job("stopped", MORE[0], "one", mixed, folder)]
+    jobs += [make_unreadable_job("unreadable", MORE[0], "one", damaged, folder)]
     return run_jobs(jobs, 1, folder / "jobs")
 
 
 @pytest.fixture(scope="session")
-def two(one: Runs, mixed: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Runs:
+def two(
+    one: Runs, mixed: Path, damaged: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> Runs:
     """All cases in two processes, and one that began in one process."""
     folder = tmp_path_factory.mktemp("two")
     cases = dict.fromkeys([*choose_cases(request.config), *MORE])
     jobs = [Job(case.name, make_recipe(case, mixed), folder / case.name) for case in cases]
     jobs += [make_pipeline_job(engines, mixed, folder) for engines in PIPELINES]
     jobs += [make_stopped_job(f"stopped-{case.engine}", case, case.engine, mixed, folder) for case in MORE]
+    jobs += [make_unreadable_job(f"unreadable-{case.engine}", case, case.engine, damaged, folder) for case in MORE]
     begun = interrupt(one[MORE[0].reference].output, folder / "begun")
     jobs += [Job("begun", make_recipe(MORE[0], mixed), begun)]
     return run_jobs(jobs, 2, folder / "jobs")

@@ -63,7 +63,7 @@ def interrupt(finished: Path, output: Path, stage: str = "finetune") -> Path:
     return output
 
 
-def read_steps(run: Path, stage: str = "finetune") -> dict[int, tuple[float, float]]:
-    """{step: (loss, norm of the gradient)}"""
+def read_steps(run: Path, stage: str = "finetune") -> dict[int, tuple[float | None, float]]:
+    """{step: (loss, norm of the gradient)}; (None, 0) for a step that was skipped"""
     lines = [json.loads(line) for line in (run / stage / "metrics.jsonl").read_text().splitlines()]
     return {line["step"]: (line["loss"], line["grad_norm"]) for line in lines if "loss" in line}

@@ -1,12 +1,13 @@
 """Every engine trains the steps of one process, and leaves its checkpoints. Run it with `make test-distributed`."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 
 from tests.distributed.cases import CONNECTORS, STEPS, Case, make_recipe
-from tests.distributed.conftest import IS_RUN, MORE, PIPELINES, Runs
+from tests.distributed.conftest import IS_RUN, MORE, PIPELINES, UNREADABLE, Runs
 from tests.distributed.launch import Ran, interrupt, read_steps
 from tests.train.test_stage import load_weights
 from tinyllava import checkpoint
@@ -30,7 +31,8 @@ def assert_same_steps(ran: Path, expected: Path, stage: str = "finetune") -> Non
     steps, reference = read_steps(ran, stage), read_steps(expected, stage)
     assert steps.keys() == reference.keys()
     for step, values in reference.items():
-        assert steps[step] == pytest.approx(values, rel=1e-5), f"(loss, norm of the gradient) of step {step}"
+        expected = values if values[0] is None else pytest.approx(values, rel=1e-5)  # None: the step was skipped
+        assert steps[step] == expected, f"(loss, norm of the gradient) of step {step}"
 
 
 def assert_same_weights(directory: Path, expected: Path) -> None:
@@ -94,6 +96,19 @@ def test_it_stops_early_with_the_best_weights(more: Case, one: Runs, two: Runs) 
     assert read_run(ran / "final")["step"] == read_run(reference / "final")["step"] < 4
     assert_same_weights(ran / "final", reference / "final")
     assert_same_weights(ran / "final", list_checkpoints(ran)[-1])
+
+
+@pytest.mark.parametrize("more", MORE, ids=lambda case: case.name)
+def test_a_step_without_a_readable_image_is_skipped_by_all_processes(more: Case, one: Runs, two: Runs) -> None:
+    """In the next step, one process has a single readable image, and the other has none."""
+    ran, reference = two[f"unreadable-{more.engine}"], one["unreadable"].output
+    assert_engine(ran, more.engine, 2)
+    assert read_steps(reference)[2] == (None, 0)
+    assert_same_steps(ran.output, reference)
+    for name in ("checkpoint-2", "final"):
+        assert_same_weights(ran.output / "finetune" / name, reference / "finetune" / name)
+    record = json.loads((ran.output / "run.json").read_text())["stages"]["finetune"]
+    assert (record["skipped_steps"], record["skipped_in_training"]) == (1, UNREADABLE)
 
 
 def test_ddp_resumes_in_more_and_in_fewer_processes(
