@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from tinyllava.config import load_recipe
+from tinyllava.config.read import parse_recipe
 from tinyllava.errors import UserError
 from tinyllava.factory import Factory
 
@@ -103,6 +104,27 @@ def test_what_is_wrong_is_named_in_two_lines(override: str, words: list[str], ba
     message = str(error.value)
     assert all(word in message for word in words), message
     assert len(message.splitlines()) <= 2
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "!!bool x",
+        "!!int x",
+        "!!int ''",
+        "!!float ''",
+        "!!timestamp x",
+        "!!set {a}",
+        "2020-13-01",
+        "0b_",
+        "[" * 2000,
+    ],
+)
+def test_a_value_that_yaml_cannot_convert_is_refused(value: str, base: Path) -> None:
+    for read in (lambda: load_recipe(str(base), [f"seed={value}"]), lambda: parse_recipe(f"seed: {value}", "mine")):
+        with pytest.raises(UserError, match=r"cannot read .*Expected YAML") as error:
+            read()
+        assert len(str(error.value)) < 3000
 
 
 def test_unknown_and_broken_recipes(tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ ROOMS += ("explain", "eval", "pages", "serve", "sweep", "commands", "cli")
 # `errors`, so nothing of parts, models or training. A new file gets a name here.
 GROUND = ("atomic", "files", "provenance", "console", "cache", "runs", "identity", "engines")
 GROUND += ("downloads", "failures", "find", "gguf_files", "hashes", "interrupt", "json_records", "lanes", "locks")
-GROUND += ("memory", "record", "resume", "sandbox", "secrets", "trackers")
+GROUND += ("memory", "record", "resume", "sandbox", "secrets", "trackers", "yaml_faults")
 NEVER = {"train": ("eval",)}  # whatever the order of the rooms: a run is scored by the command line
 # Files that import a module whose name they do not know: the user's own code, and parts by their file's name.
 BY_ANY_NAME = ("factory.py", "data/sources/__init__.py")

@@ -16,11 +16,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from tinyllava import atomic
 from tinyllava.errors import UserError
 from tinyllava.hashes import RECORD, find_damage
+from tinyllava.yaml_faults import parse_yaml
 
 logger = logging.getLogger("tinyllava")
 RUN, RECIPE, RESULTS = "run.json", "recipe.yaml", ("results.json", "eval")
@@ -133,8 +132,8 @@ def read_start(directory: Path) -> list[dict[str, Any]]:
         return []
     text = (directory / RECIPE).read_text(encoding="utf-8", errors="replace")
     try:
-        recipe = yaml.safe_load(text)
-    except yaml.YAMLError:
+        recipe = parse_yaml(text, RECIPE)
+    except UserError:
         return []
     is_recipe = isinstance(recipe, dict) and isinstance(recipe.get("stages"), dict)
     return [{**run, "recipe_yaml": text, "stage": list(recipe["stages"])[-1]}] if is_recipe else []

@@ -31,6 +31,8 @@ from tinyllava.errors import UserError
 
 PROCESSES = 2
 CPU_SECONDS, WALL_SECONDS = 10, 60  # of one input; a loaded machine slows only the second
+TICKS = 5  # of the timers, in the time of one input
+SLOW = 0.01  # seconds. In less, no input fills GROWTH
 GROWTH = 512 << 20  # bytes that one input may add to the most memory that the process ever had
 ADDRESS_SPACE = 4 << 30  # bytes beyond what the target has after its set-up; an allocation above fails
 SHRINK_SECONDS = 20
@@ -40,11 +42,15 @@ SHOWN = 1500  # characters of an input in the report
 
 
 class Case(NamedTuple):
-    """One way into the package: the inputs to try, and the call that may raise UserError and nothing else."""
+    """One way into the package: the inputs to try, and the call that may raise UserError and nothing else.
+
+    share: of the time of its target, relative to the other cases.
+    """
 
     name: str
     inputs: SearchStrategy[Any]
     run: Callable[[Any], object]
+    share: float = 1
 
 
 class Finding(NamedTuple):
@@ -89,20 +95,23 @@ class Fault(NamedTuple):
 def run_target(
     name: str, seconds: float, most: int | None, first_seed: int, step: int, folder: Path, current: mmap
 ) -> dict[str, Tally]:
-    """Try the cases of a target in turn: each for the same share of `seconds`, or `most` chunks of each, if given.
+    """Try the cases of a target in turn: each for its share of `seconds`, or `most` chunks of each, if given.
 
     The k-th chunk of a case has the seed first + k * step. current: memory that outlives this process and holds the
     input that is being tried.
     """
+    start = time.monotonic()
     cases = import_module(f"tests.fuzz.targets.{name}").build(folder)
-    guard, share = Guard(current), math.inf if most else seconds / len(cases)
+    guard, whole = Guard(current), sum(case.share for case in cases)
+    left = math.inf if most else max(0.0, seconds - (time.monotonic() - start))  # the set-up counts too
+    ends = {case.name: left * case.share / whole for case in cases}
     tallies = {case.name: Tally() for case in cases}
     chunks = Counter[str]()
     while True:
-        case = min(cases, key=lambda case: chunks[case.name] if most else tallies[case.name].seconds)
-        if chunks[case.name] == most or tallies[case.name].seconds >= share:
+        case = min(cases, key=lambda case: chunks[case.name] if most else tallies[case.name].seconds / case.share)
+        if chunks[case.name] == most or tallies[case.name].seconds >= ends[case.name]:
             return tallies
-        _run_chunk(case, tallies[case.name], guard, first_seed + chunks[case.name] * step, share)
+        _run_chunk(case, tallies[case.name], guard, first_seed + chunks[case.name] * step, ends[case.name])
         chunks[case.name] += 1
 
 
@@ -163,8 +172,15 @@ class Guard:
 
     def __init__(self, current: mmap) -> None:
         self.current = current
-        for number in (signal.SIGPROF, signal.SIGALRM):
-            signal.signal(number, _raise_over_limit)
+        # Timers tick all the time. To set them for each input takes longer than most inputs, as do all system calls.
+        for number, timer, most in (
+            (signal.SIGPROF, signal.ITIMER_PROF, CPU_SECONDS),
+            (signal.SIGALRM, signal.ITIMER_REAL, WALL_SECONDS),
+        ):
+            signal.signal(number, self._count_tick)
+            signal.setitimer(timer, most / TICKS, most / TICKS)
+        self.is_trying, self.watched, self.peak = False, -math.inf, _read_peak()
+        self.ticks = Counter[int]()
         _limit_address_space()
         socket.socket.connect = socket.getaddrinfo = _refuse_connection
         self.output = os.memfd_create("output")  # standard output of C libraries too
@@ -177,12 +193,13 @@ class Guard:
         """What is wrong, and whether the input was accepted."""
         note = f"{case.name}\t{chunk_seed}\t{show(value)}".encode("utf-8", "backslashreplace")[: len(self.current) - 1]
         self.current[: len(note) + 1] = note + b"\0"
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         fault, accepted = None, False
-        signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
-        signal.setitimer(signal.ITIMER_REAL, WALL_SECONDS)
-        faulthandler.dump_traceback_later(2 * WALL_SECONDS, exit=True)  # for C code, which sees no signal
+        start, self.ticks = time.monotonic(), Counter[int]()
+        if start > self.watched + WALL_SECONDS / 4:  # not at each input: it starts a thread
+            faulthandler.dump_traceback_later(3 * WALL_SECONDS, exit=True)  # for C code, which sees no signal
+            self.watched = start
         try:
+            self.is_trying = True
             case.run(value)
             accepted = True
         except UserError as error:
@@ -192,10 +209,11 @@ class Guard:
         except BaseException as error:
             fault = _describe(error)
         finally:
-            signal.setitimer(signal.ITIMER_PROF, 0)
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            faulthandler.cancel_dump_traceback_later()
-        growth = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) << 10
+            self.is_trying = False
+        growth = 0
+        if time.monotonic() - start > SLOW:
+            before, self.peak = self.peak, _read_peak()
+            growth = self.peak - before
         if fault is None and growth > GROWTH:
             fault = Fault("memory", case.name, f"{growth >> 20} MiB more")
         sys.stdout.flush()
@@ -205,6 +223,12 @@ class Guard:
             fault = Fault("output", case.name, f"wrote to standard output: {text!r}")
         self.written = written
         return fault, accepted and fault is None
+
+    def _count_tick(self, number: int, frame: object) -> None:
+        self.ticks[number] += 1
+        if self.is_trying and self.ticks[number] > TICKS:
+            self.ticks.clear()
+            raise OverLimitError(f"over {CPU_SECONDS} s of CPU time or {WALL_SECONDS} s")
 
 
 def _check_message(error: UserError) -> Fault | None:
@@ -241,8 +265,9 @@ def _limit_address_space() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + ADDRESS_SPACE, resource.RLIM_INFINITY))
 
 
-def _raise_over_limit(number: int, frame: object) -> NoReturn:
-    raise OverLimitError(f"over {CPU_SECONDS} s of CPU time or {WALL_SECONDS} s")
+def _read_peak() -> int:
+    """The most memory that the process ever had, in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
 
 
 def _refuse_connection(*arguments: object, **options: object) -> NoReturn:

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Sequence
+from random import Random
 from typing import Any
 
 from hypothesis import strategies as st
@@ -122,27 +123,34 @@ WORDS = [b"\xff\xff\xff\xff", b"\0\0\0\0", b"\x7f\xff\xff\xff", b"\0\0\xff\xff",
 WORDS += [b"\0\0\0\x01", b"\x01\0\0\0", b"\xff\xff", b"\0\0", b"\xef\xbf\xbd", b"\xed\xa0\x80", b"\n", b"{", b"]"]
 
 
-@st.composite
-def edit_bytes(draw: DrawFn, contents: Sequence[bytes], most: int = 5) -> bytes:
-    """One of `contents` with bytes changed, put in, repeated, removed or cut off, at its start more often."""
-    data = bytearray(draw(st.sampled_from(contents)))
-    for _ in range(draw(st.integers(0, most))):
-        reach = len(data) if draw(st.booleans()) else min(64, len(data))
-        at = draw(st.integers(0, max(0, reach - 1)))
-        kind = draw(st.sampled_from(["set", "set", "flip", "word", "word", "remove", "insert", "repeat", "cut"]))
+def edit_bytes(contents: Sequence[bytes], most: int = 5) -> SearchStrategy[bytes]:
+    """One of `contents` with bytes changed, put in, repeated, removed or cut off, at its start more often.
+
+    Hypothesis draws a number for all changes together: a draw of each costs more than reading an image.
+    """
+    whole = st.tuples(st.integers(0, len(contents) - 1), st.integers(0, most), st.integers(0, 2**24 - 1))
+    return whole.map(lambda drawn: change_bytes(contents[drawn[0]], drawn[1], Random(drawn[2])))
+
+
+def change_bytes(content: bytes, times: int, random: Random) -> bytes:
+    data = bytearray(content)
+    for _ in range(times):
+        reach = len(data) if random.random() < 0.5 else min(64, len(data))
+        at = random.randrange(max(1, reach))
+        kind = random.choice(["set", "set", "flip", "word", "word", "remove", "insert", "repeat", "cut"])
         if kind == "set":
-            data[at : at + 1] = bytes([draw(st.integers(0, 255))])
+            data[at : at + 1] = random.randbytes(1)
         elif kind == "flip" and data:
-            data[at] ^= 1 << draw(st.integers(0, 7))
+            data[at] ^= 1 << random.randrange(8)
         elif kind == "word":
-            word = draw(st.sampled_from(WORDS))
+            word = random.choice(WORDS)
             data[at : at + len(word)] = word
         elif kind == "remove":
-            del data[at : at + draw(st.integers(1, 16))]
+            del data[at : at + random.randint(1, 16)]
         elif kind == "insert":
-            data[at:at] = draw(st.binary(min_size=1, max_size=8))
+            data[at:at] = random.randbytes(random.randint(1, 8))
         elif kind == "repeat":
-            data[at:at] = data[at : at + draw(st.integers(1, 32))]
-        elif kind == "cut" and draw(st.integers(0, 3)) == 0:
+            data[at:at] = data[at : at + random.randint(1, 32)]
+        elif kind == "cut" and random.random() < 0.25:
             del data[at:]
     return bytes(data)

@@ -1,18 +1,22 @@
 """What one process of `python -m tests.fuzz` does. faulthandler writes where a C library crashes."""
 
+import ctypes
 import faulthandler
 import pickle
+import signal
 import sys
 from mmap import mmap
 from pathlib import Path
 
 from tests.fuzz.harness import PROCESSES, run_target
 
+SET_DEATH_SIGNAL = 1  # Linux: the process gets a signal when its parent ends, however that ends
 CURRENT = 8192  # bytes of the file with the input that is being tried
 
 
 def main(name: str, seconds: str, chunks: str, seed: str, folder: str) -> None:
     place = Path(folder)
+    ctypes.CDLL(None).prctl(SET_DEATH_SIGNAL, signal.SIGKILL)
     faulthandler.enable()
     (place / "scratch").mkdir()
     (place / "current").write_bytes(bytes(CURRENT))

@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
@@ -16,6 +15,7 @@ from tinyllava.eval.results import RESULTS
 from tinyllava.eval.run import hash_checkpoint
 from tinyllava.model.vlm import VLM
 from tinyllava.secrets import hide_secrets
+from tinyllava.yaml_faults import parse_yaml
 
 PLAIN = """```python
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -55,7 +55,7 @@ def find_scores(run: Path, source: Path) -> dict[str, Any]:
 
 def make_model_card(vlm: VLM, run: Mapping[str, Any], scores: Mapping[str, Any], name: str) -> ModelCard:
     """Make the card of a model. run: the record of its training. scores: entries of results.json by benchmark."""
-    recipe = yaml.safe_load(run.get("recipe_yaml", "")) or {}
+    recipe = parse_yaml(run.get("recipe_yaml", ""), "the recipe in the record") or {}
     reason = explain_not_plain(vlm.model)
     if reason is None:
         note, code = "It is plain `llava`: transformers loads it without more code.", PLAIN

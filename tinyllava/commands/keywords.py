@@ -3,9 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from tinyllava.errors import UserError
+from tinyllava.yaml_faults import parse_yaml
 
 
 def parse_keywords(pairs: list[str] | None) -> dict[str, Any]:
@@ -21,5 +20,6 @@ def parse_keywords(pairs: list[str] | None) -> dict[str, Any]:
         is_file = text.endswith((".json", ".yaml", ".yml"))
         if is_file and not Path(text).is_file():
             raise UserError(f"--lacking {key}: file {text} not found. Give an existing file.")
-        keywords[key] = yaml.safe_load(Path(text).read_text(encoding="utf-8") if is_file else text)
+        content = Path(text).read_text(encoding="utf-8", errors="surrogateescape") if is_file else text
+        keywords[key] = parse_yaml(content, f"--lacking {key}")
     return keywords

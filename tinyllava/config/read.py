@@ -13,6 +13,7 @@ from tinyllava.config.check import check_names, explain_error
 from tinyllava.config.schema import Recipe
 from tinyllava.errors import UserError
 from tinyllava.factory import Factory
+from tinyllava.yaml_faults import YAML_FAULTS, explain_yaml_fault
 
 
 def load_recipe(name: str, overrides: list[str] | None = None) -> Recipe:
@@ -55,10 +56,8 @@ def _parse_yaml(text: str, what: str) -> DictConfig:
         if not isinstance(parsed := yaml.safe_load(text), dict | None):
             raise yaml.YAMLError(f"found a {type(parsed).__name__} instead of keys with values")
         return OmegaConf.create((parsed and text) or "{}")
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise UserError(f"cannot read {what}{where}: {getattr(error, 'problem', error)}. Expected YAML.") from None
+    except YAML_FAULTS as error:
+        raise explain_yaml_fault(error, what) from None
 
 
 def _read_tree(name: str, seen: tuple[str, ...]) -> DictConfig:
