@@ -17,6 +17,8 @@ LOST = re.compile(r"gloo/transport|remote process exited|connection (closed|rese
 LOST_MESSAGE = (
     "another process of this training run ended, or does not answer. Its own error is above, or below at `Root Cause`."
 )
+# What torch says of a data worker that died. An error that a worker raised names its number instead, and is another.
+DEAD_WORKER = re.compile(r"DataLoader worker \(pid[^)]*\).*|Pin memory thread exited unexpectedly")
 # Seconds. torchrun compares whole seconds, and it notices a killed process, which wrote nothing, after up to 0.1 s.
 FOLLOWS = 5
 
@@ -24,12 +26,28 @@ FOLLOWS = 5
 def describe_failure(error: OSError | RuntimeError) -> str | None:
     """What to tell the user of an error that is no fault of the code; None for any other error."""
     if isinstance(error, RuntimeError):
+        if dead := find_dead_worker(error):  # torch tells of it wherever the main process is, also in a cleanup
+            return describe_worker(dead)
         return LOST_MESSAGE if LOST.search(str(error)) else None
     not_a_directory = error.errno in {errno.EEXIST, errno.ENOTDIR}
     if not not_a_directory and error.errno not in {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS}:
         return None
     remedy = " It must be a directory. Choose another one." if not_a_directory else ""
     return f"{error.strerror}: {error.filename or 'while writing'}.{remedy}"
+
+
+def find_dead_worker(error: BaseException) -> str | None:
+    """What torch says of the data worker that died; None for any other error."""
+    found = DEAD_WORKER.search(str(error))
+    return found and found[0].strip()
+
+
+def describe_worker(reason: str, setting: str = "dataloader_num_workers") -> str:
+    """What to tell the user when a data worker died, or has no memory. setting: the option, with its value if known."""
+    return (
+        f"a process that reads data died: {reason.rstrip('.')}. The memory of the machine or of /dev/shm may be used"
+        f" up: lower {setting}. Earlier checkpoints are intact."
+    )
 
 
 def announce_failure(text: str) -> bool:

@@ -1,5 +1,7 @@
 """Estimate the memory that a stage needs on each device, and say what to change when there is not enough."""
 
+import re
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -15,12 +17,17 @@ from tinyllava.data.dataset import SupervisedDataset
 from tinyllava.data.labels import IGNORE
 from tinyllava.data.streaming import StreamingDataset
 from tinyllava.errors import UserError
+from tinyllava.failures import describe_worker, find_dead_worker
 from tinyllava.memory import Memory, Weights, compute_memory, count_saved, is_out_of_memory
 from tinyllava.model.modeling import LOSS_CHUNK, TinyLlavaForConditionalGeneration
 from tinyllava.model.modules import find_blocks
 from tinyllava.model.quantise import count_weights
 
 STATES = {"sgd": 0.0, "adafactor": 0.0, "lion": 1.0, "8bit": 0.5}  # numbers for each trained weight; Adam has 2
+
+IN_WORKER = re.compile(r"Caught \w+ in DataLoader worker process \d+")
+CUT_OFF = re.compile(r"received \d+ items of ancdata")  # what multiprocessing says of a connection without its answer
+DEATH = 5  # seconds that a killed process may need to end
 
 
 class ShapedForward(nn.Module):
@@ -132,18 +139,31 @@ def explain_out_of_memory(
     try:
         yield
         return
-    except (RuntimeError, MemoryError, OSError) as error:
-        worker = "DataLoader worker" in str(error)
-        if not worker and not is_out_of_memory(error):
+    except (RuntimeError, MemoryError, OSError, EOFError) as error:
+        # An error that a worker raised keeps its class, and names the worker and shows the traceback in its text.
+        reason = find_dead_worker(error) or wait_for_death(error, args.dataloader_num_workers)
+        if not reason and not is_out_of_memory(error):
             raise
-        reason = str(error).splitlines()[0]
+        if not reason and (inside := IN_WORKER.match(str(error))):
+            reason = f"{inside[0]}, out of memory"
     # Outside of `except`: there, the traceback would hold all tensors of the step.
-    if worker:
-        raise UserError(
-            f"a process that reads data died: {reason} The memory of the machine or of /dev/shm may be used up: lower"
-            f" dataloader_num_workers (now {args.dataloader_num_workers}). Earlier checkpoints are intact."
-        )
+    if reason:
+        raise UserError(describe_worker(reason, f"dataloader_num_workers (now {args.dataloader_num_workers})"))
     raise UserError(describe_shortage(name, model, dataset, args))
+
+
+def wait_for_death(error: BaseException, workers: int) -> str | None:
+    """What torch says of the death of a data worker that broke a connection; None for any other error.
+
+    A process that is killed closes its connections before it has ended. Only then torch's handler of SIGCHLD raises.
+    """
+    if not workers or not (isinstance(error, ConnectionError | EOFError) or CUT_OFF.search(str(error))):
+        return None
+    try:
+        time.sleep(DEATH)
+    except RuntimeError as death:
+        return find_dead_worker(death)
+    return None
 
 
 def describe_shortage(

@@ -152,9 +152,8 @@ def run_stage(
         trainer.add_callback(Stopper(stop, trainer.callback_handler))
         with explain_out_of_memory(name, setup.vlm.model, setup.dataset, setup.args):
             trainer.train(resume_from_checkpoint=str(last) if last else None)
-
-        logger.info("stage %s: saving %s", name, output / FINAL)
-        trainer.save_final(output / FINAL)
+            logger.info("stage %s: saving %s", name, output / FINAL)
+            trainer.save_final(output / FINAL)
         counts = {"skipped_in_training": len(trainer.skipped), "skipped_steps": len(trainer.losses.skipped_steps)}
         record.update_stage(name, finished=True, steps=trainer.state.global_step, **counts)
 
