@@ -239,7 +239,7 @@ def prepare_data(
 
 @app.command("doctor")
 def run_doctor(checkpoint: Annotated[str | None, typer.Argument(metavar="CHECKPOINT")] = None) -> None:
-    """Check this machine, or all files of a checkpoint or run against their hashes. Exits with 1 for a problem."""
+    """Check this machine, or the files of a checkpoint, stage or run by their hashes. Exits with 1 at a problem."""
     from tinyllava.commands.doctor import diagnose
 
     if not diagnose(output, checkpoint):
