@@ -93,14 +93,14 @@ def list_entries(root: Path) -> Iterator[CacheEntry]:
                 yield judge_entry(CacheEntry(path, kind, path.name, files, path.stat().st_mtime))
     for path in sorted(path for kind in (*DESCRIBED, *FOLDERS) for path in (root / kind).rglob("*")):
         is_small = path.suffix in (".lock", ".json")  # `datasets` keeps small files beside its tables
-        if path.is_file() and path not in known and not is_small and is_ours(path, root):
+        if path.is_file() and path not in known and not is_small and is_of_cache(path, root):
             used = path.stat().st_mtime
             is_old = time.time() - used > LEFTOVER
             state = "left over" if is_old else "not described"
             yield CacheEntry(path, path.relative_to(root).parts[0], path.name, [path], used, state, is_old)
 
 
-def is_ours(path: Path, root: Path) -> bool:
+def is_of_cache(path: Path, root: Path) -> bool:
     """Whether we, or `datasets` for us, wrote a file in a folder of the cache."""
     kind, *names = path.relative_to(root).parts
     if kind != "datasets":
