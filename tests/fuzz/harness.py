@@ -103,7 +103,7 @@ def run_target(
     start = time.monotonic()
     cases = import_module(f"tests.fuzz.targets.{name}").build(folder)
     guard, whole = Guard(current), sum(case.share for case in cases)
-    left = math.inf if most else max(0.0, seconds - (time.monotonic() - start))  # the set-up counts too
+    left = math.inf if most else max(seconds / 4, seconds - (time.monotonic() - start))  # the set-up counts too
     ends = {case.name: left * case.share / whole for case in cases}
     tallies = {case.name: Tally() for case in cases}
     chunks = Counter[str]()

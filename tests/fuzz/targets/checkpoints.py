@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from tinyllava import checkpoint, resume, runs
 from tinyllava.errors import UserError
 from tinyllava.files import check_model_files
 from tinyllava.find import find_checkpoint
+from tinyllava.hashes import ALGORITHM, hash_content, seal
 from tinyllava.infer import Session
 from tinyllava.record import find_part_files
 
@@ -62,7 +64,10 @@ class Directories:
         return (self.wholes[number] / name).read_bytes()
 
     def make(self, number: int, damages: list[Damage], extend: bool) -> Path:
-        """extend: list the sizes of the damaged files in the record, as if it had been written with them."""
+        """extend: list the damaged files in the record with their hashes, as if it had been written with them.
+
+        Otherwise a changed file is refused by its hash, and no reader behind sees it.
+        """
         shutil.rmtree(self.damaged, ignore_errors=True)
         self.damaged.mkdir()
         whole = self.wholes[number]
@@ -86,20 +91,18 @@ class Directories:
         return self.damaged
 
     def _extend_record(self) -> None:
-        import json
-
         path = self.damaged / runs.RECORD
         record = runs.read_json_or_empty(path)
-        files = record.get("files")
-        if isinstance(files, dict):
-            for name in files:
-                try:
+        for files in (record.get("files"), record.get("training_state")):
+            for name in files if isinstance(files, dict) else ():
+                with suppress(OSError, ValueError):
                     if (self.damaged / name).is_file():
-                        files[name] = (self.damaged / name).stat().st_size
-                except (OSError, ValueError):
-                    continue
+                        changed = self.damaged / name
+                        files[name] = {"bytes": changed.stat().st_size, ALGORITHM: hash_content(changed)}
+        with suppress(UnicodeError):  # half a surrogate pair
+            text = seal(record).encode()
             path.unlink()
-            path.write_text(json.dumps(record))
+            path.write_bytes(text)
 
 
 def build(folder: Path) -> list[Case]:
@@ -154,7 +157,7 @@ def build(folder: Path) -> list[Case]:
 
     return [
         Case("checkpoints: read", damages, read),
-        Case("checkpoints: load", damages, load),
+        Case("checkpoints: load", damages, load, share=2),
         Case("checkpoints: runs", run_damage, read_run),
     ]
 

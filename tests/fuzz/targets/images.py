@@ -10,6 +10,7 @@ import numpy as np
 from hypothesis import strategies as st
 from PIL import Image
 
+from tests.fuzz import harness
 from tests.fuzz.harness import Case
 from tests.fuzz.mutate import SCALARS, TEXTS, edit_bytes, edit_trees, make_values
 from tests.image_forms import list_text_forms
@@ -71,6 +72,8 @@ def _make_chunk(kind: bytes, content: bytes) -> bytes:
 
 
 def build(folder: Path) -> list[Case]:
+    # The largest image that is allowed has 89 million pixels of 4 bytes, and a transparent one is copied five times.
+    harness.GROWTH = 2 << 30
     seeds = write_seeds()
     roots = ImageFolders([str(folder)])
     drafts = st.sampled_from([None, (8, 8), (1, 1), (384, 384)])
