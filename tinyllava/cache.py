@@ -105,11 +105,12 @@ def lock(path: Path) -> Iterator[None]:
             raise _explain_unwritable(path.parent, error) from None
     try:
         yield
-    except OSError as error:
-        is_here = str(path.parent) in str(error.filename or path)
-        if error.errno not in UNWRITABLE or not is_here:
+    except (OSError, UserError) as error:
+        cause = error.__context__ if isinstance(error, UserError) else error  # `atomic` explains errors for any file
+        is_here = isinstance(cause, OSError) and str(path.parent) in str(cause.filename or path)
+        if not is_here or cause.errno not in UNWRITABLE:
             raise
-        raise _explain_unwritable(path.parent, error) from None
+        raise _explain_unwritable(path.parent, cause) from None
     finally:
         file_lock.release()
 

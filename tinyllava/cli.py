@@ -238,11 +238,14 @@ def prepare_data(
 
 
 @app.command("doctor")
-def run_doctor(checkpoint: Annotated[str | None, typer.Argument(metavar="CHECKPOINT")] = None) -> None:
-    """Check this machine, or the files of a checkpoint, stage or run by their hashes. Exits with 1 at a problem."""
+def run_doctor(
+    checkpoint: Annotated[str | None, typer.Argument(metavar="CHECKPOINT")] = None,
+    accept: Annotated[bool, typer.Option("--accept", help="Record the settings that you edited as right.")] = False,
+) -> None:
+    """Check this machine, or all files of CHECKPOINT against their hashes. Exits with 1 if there is a problem."""
     from tinyllava.commands.doctor import diagnose
 
-    if not diagnose(output, checkpoint):
+    if not diagnose(output, checkpoint, accept):
         raise typer.Exit(1)
 
 

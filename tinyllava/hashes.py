@@ -15,6 +15,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
+from fnmatch import fnmatchcase
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -30,6 +31,7 @@ BLOCK = 1 << 20
 SMALL = 64 << 20  # bytes: reading such a file takes about 10 ms, no more than looking up a mark
 RECENT = 2.0  # seconds. A change so soon after another one can keep a file's times: FAT stores them in steps of 2 s
 MARKS = "verified"  # their folder in the cache
+EDITABLE = ("*.json", "*.jinja", "*.txt")  # people edit these: settings of generation, chat templates, tokenizers
 FOR_PEOPLE = ("README.md",)  # may be edited at any time; hidden files, such as .DS_Store, are not recorded either
 
 
@@ -149,7 +151,7 @@ def list_damage(
     lists: the lists of files in the record that are compared. Files that somebody added are fine, unless a library
     would load them with the model.
     """
-    if not _is_sealed(directory / RECORD, record):
+    if not is_sealed(directory / RECORD, record):
         yield f"{RECORD} has changed since it was written"
         return
     known: set[str] = set()
@@ -166,6 +168,27 @@ def list_damage(
             yield f"{path.name} is not in the record, but libraries load it with the model: remove it"
 
 
+def is_editable(name: str) -> bool:
+    """Whether people edit a file of a checkpoint by hand. An index of weights is no such file."""
+    return any(fnmatchcase(name, pattern) for pattern in EDITABLE) and not name.endswith(".index.json")
+
+
+def find_edits(directory: Path, record: Mapping[str, Any]) -> dict[str, Any]:
+    """{name: what the record should say of it} of the editable files of a checkpoint that have changed or are new."""
+    known = record["files"]
+    names = {name for name in known if is_inside(name)} | {
+        path.name for path in find_read_files(directory)
+    }  # an adapter is no edit
+    # An adapter that somebody added is no edit: it would be loaded with the model.
+    names -= {RECORD, *record.get("training_state", {}), *({"adapter_config.json"} - known.keys())}
+    edits = {}
+    for path in (directory / name for name in sorted(names) if is_editable(name) and (directory / name).is_file()):
+        name, size = path.relative_to(directory).as_posix(), path.stat().st_size
+        if name not in known or compare_again(path, known[name]):
+            edits[name] = size if record.get("format") == 1 else {"bytes": size, ALGORITHM: hash_content(path)}
+    return edits
+
+
 def find_damage(directory: Path, files: Any) -> str | None:
     """The first of some recorded files that is missing or has another size; None if there is none. It reads no file."""
     if not isinstance(files, dict):
@@ -174,7 +197,7 @@ def find_damage(directory: Path, files: Any) -> str | None:
     return next((f"{name} {fault}" for name, fault in faults if fault), None)
 
 
-def _is_sealed(path: Path, record: Mapping[str, Any]) -> bool:
+def is_sealed(path: Path, record: Mapping[str, Any]) -> bool:
     """Whether a record has not changed since it was written. Those of format 1 have sizes and no hash of themselves."""
     lists = [record.get("files"), record.get("training_state", {})]
     if not all(isinstance(files, dict) for files in lists):

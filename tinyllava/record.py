@@ -1,13 +1,16 @@
 """`tinyllava.json`, the record of a checkpoint: its model, the run that made it, and all files with their hashes."""
 
+import json
 import logging
+import shlex
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from tinyllava import atomic
 from tinyllava.errors import UserError
 from tinyllava.files import read_json
-from tinyllava.hashes import hash_directory, list_damage, seal
+from tinyllava.hashes import find_edits, hash_directory, is_editable, is_sealed, list_damage, seal
 from tinyllava.runs import RECORD
 
 logger = logging.getLogger("tinyllava")
@@ -68,8 +71,29 @@ def check_record(directory: Path) -> dict[str, Any]:
     if version not in (1, FORMAT) or not has_form or "connector" not in record.get("model", ()):
         raise UserError(f"{directory / RECORD} is not the record of a checkpoint. Copy it again.")
     if damage := next(list_damage(directory, record), None):
-        raise UserError(f"{directory} is damaged: {damage}. Use an earlier checkpoint, or copy it again.")
+        is_edit = is_editable(damage.partition(" ")[0]) and is_sealed(directory / RECORD, record)
+        edit = f" If you edited it, run `tinyllava doctor {shlex.quote(str(directory))} --accept`." if is_edit else ""
+        raise UserError(f"{directory} is damaged: {damage}. Use an earlier checkpoint, or copy it again.{edit}")
     return record
+
+
+def accept_edits(directory: Path) -> list[str]:
+    """Record the settings of a checkpoint that its owner has edited as they are now. Returns the names of the files.
+
+    Only files that people edit: damage of weights stays damage. Raises UserError for a record that has changed, and for
+    a file that is no JSON.
+    """
+    record = read_json(directory / RECORD)
+    if not is_sealed(directory / RECORD, record):
+        raise UserError(f"{directory / RECORD} has changed since it was written. Copy the checkpoint again.")
+    edits = find_edits(directory, record)
+    for name in (name for name in edits if name.endswith(".json")):
+        read_json(directory / name)
+    if edits:
+        changed = {**record, "files": {**record["files"], **edits}}
+        text = json.dumps(changed, indent=2) + "\n" if record.get("format") == 1 else seal(changed)
+        atomic.write_text(directory / RECORD, text)
+    return list(edits)
 
 
 def is_whole(directory: Path) -> bool:

@@ -16,6 +16,7 @@ from tinyllava import checkpoint
 from tinyllava.commands import probes
 from tinyllava.commands.doctor import EXTRAS, find_problems, list_requirements
 from tinyllava.console import output
+from tinyllava.errors import UserError
 from tinyllava.find import NANO_FOLDER
 
 
@@ -125,6 +126,37 @@ def test_doctor_reads_a_checkpoint_a_run_and_nano(tinyllava: Callable[..., Comma
         assert "config.json is missing" in result.out and "tinyllava.json is missing" in result.out
         assert "not in its record: notes.txt" in result.out and "no state of an optimiser" in result.out
     assert tinyllava("doctor", run / "finetune" / "final").code == 0
+
+
+def test_doctor_accepts_what_the_user_edited_but_no_damage(
+    tinyllava: Callable[..., CommandResult], tmp_path: Path
+) -> None:
+    final = tmp_path / "final"
+    checkpoint.save(build_moved_vlm(), final)
+    settings = final / "generation_config.json"
+    settings.write_text(settings.read_text().replace("{", '{"temperature": 0.2, "do_sample": true,', 1))
+    (final / "chat_template.jinja").open("a").write("{# mine #}")
+    (final / "added_tokens.json").write_text("{}")
+    with pytest.raises(UserError, match=rf"If you edited it, run `tinyllava doctor {final} --accept`"):
+        checkpoint.load(final)
+    assert tinyllava("doctor", final).code == 1
+    result = tinyllava("doctor", final, "--accept")
+    assert result.code == 0
+    assert "accepted: added_tokens.json, chat_template.jinja, generation_config.json" in result.out
+    assert checkpoint.load(final).model.generation_config.temperature == 0.2
+    assert "nothing was edited" in tinyllava("doctor", final, "--accept").out
+    weights = final / "connector.safetensors"
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert tinyllava("doctor", final, "--accept").code == 1
+    with pytest.raises(UserError, match=r"connector.safetensors has changed .* copy it again\.$"):
+        checkpoint.load(final)
+    weights.write_bytes(content)
+    settings.write_text(settings.read_text()[:-9])
+    assert_refused(tinyllava("doctor", final, "--accept"), "generation_config.json as JSON")
+    (final / "tinyllava.json").write_text((final / "tinyllava.json").read_text().replace("llama", "plain"))
+    assert_refused(tinyllava("doctor", final, "--accept"), "has changed since it was written")
+    assert_refused(tinyllava("doctor", "--accept"), "needs a checkpoint")
 
 
 def test_doctor_says_what_it_cannot_compare(tinyllava: Callable[..., CommandResult], tmp_path: Path) -> None:

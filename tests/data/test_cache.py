@@ -135,6 +135,13 @@ def test_a_cache_that_is_read_only_is_used(files: dict, encode, cache: Path, tmp
         open_source(DataSpec(path=str(new)))
 
 
+def test_a_cache_that_is_read_only_and_empty_names_the_way_out(files: dict, cache: Path) -> None:
+    cache.mkdir()
+    refused = r"cannot write to the cache .*: Permission denied\. Set TINYLLAVA_CACHE"
+    with read_only(cache), pytest.raises(UserError, match=refused):
+        open_source(DataSpec(path=files["records"]))
+
+
 @contextmanager
 def read_only(cache: Path) -> Iterator[None]:
     """root may write anywhere, so root is another user here."""

@@ -20,6 +20,7 @@ from tinyllava.cache import find_cache_root
 from tinyllava.commands.probes import run_probes
 from tinyllava.commands.verify import verify_checkpoints
 from tinyllava.console import messages
+from tinyllava.errors import UserError
 from tinyllava.provenance import get_versions
 
 DISTRIBUTION = "tinyllava-factory"
@@ -36,10 +37,15 @@ EXTRAS = {  # what each gives. No code of ours uses an extra that is not here
 }
 
 
-def diagnose(console: Console, checkpoint: str | None = None) -> bool:
-    """Print facts about this machine and its known problems, or about a checkpoint; returns whether all is well."""
+def diagnose(console: Console, checkpoint: str | None = None, accept: bool = False) -> bool:
+    """Print facts about this machine and its known problems, or about a checkpoint; returns whether all is well.
+
+    accept: record the settings of the checkpoint that the user has edited as right.
+    """
     if checkpoint is not None:
-        return verify_checkpoints(checkpoint, console)
+        return verify_checkpoints(checkpoint, console, accept)
+    if accept:
+        raise UserError("--accept needs a checkpoint. Use: tinyllava doctor CHECKPOINT --accept.")
     with messages.status("trying two processes, the output folder and the Hub"):
         findings = run_probes(find_existing(Path.cwd() / "runs"))
     tried = {name: finding.fact for name, finding in findings.items()}

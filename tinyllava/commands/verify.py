@@ -17,6 +17,7 @@ from tinyllava.errors import UserError
 from tinyllava.files import check_model_files, read_json
 from tinyllava.find import NANO, download_checkpoint, locate_part
 from tinyllava.hashes import ALGORITHM, FOR_PEOPLE, compare_again, list_damage
+from tinyllava.record import accept_edits
 from tinyllava.resume import OPTIMIZER_FILES, find_resume_fault
 from tinyllava.runs import FINAL, NUMBERED, RECORD, read_run
 
@@ -25,13 +26,17 @@ LISTS = ("files", "training_state")  # in a record
 LISTED = 8  # names of files that are not in the record
 
 
-def verify_checkpoints(name: str, console: Console) -> bool:
+def verify_checkpoints(name: str, console: Console, accept: bool = False) -> bool:
     """Print the state of the checkpoint `name`, or of all in a stage or a run; returns whether none is damaged.
 
-    name: as for `find_checkpoint`. Raises UserError if there is no checkpoint.
+    name: as for `find_checkpoint`. accept: first record what the user has edited. Raises UserError if there is no
+    checkpoint.
     """
     results = []
     for directory in find_checkpoints(name):
+        if accept and (directory / RECORD).is_file():
+            edits = ", ".join(accept_edits(directory)) or "nothing was edited"
+            console.print(f"{directory}: accepted: {edits}", highlight=False, markup=False, soft_wrap=True)
         with messages.status(f"reading {escape(str(directory))}"):
             damage, facts = examine_checkpoint(directory)
         results.append(not damage)
