@@ -5,7 +5,6 @@ Their lengths and their number are not known in advance. Its samples come in ste
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -23,7 +22,6 @@ from tinyllava.data.tiles import count_image_tokens, to_draft_size
 from tinyllava.errors import UserError, WorkerError
 from tinyllava.lanes import Dealer, Place
 
-KEPT_STEPS = 64  # whose ids are known, for messages about their losses
 Places = dict[tuple[int, int], Place]  # {(lane, source): where the lane is in the source}
 # Fractions of 2**64 by which a lane's choice of a source moves from step to step, and a step's from lane to lane: the
 # golden ratio and the root of 2. Multiples of such numbers are spread as evenly as can be, in both directions.
@@ -93,8 +91,8 @@ class StreamingDataset(torch.utils.data.IterableDataset):
 
     def receive(self, items: list[dict[str, Any]], places: Places | None = None) -> None:
         """Take the items of a step over from the process that made them: note their ids, places and bad records."""
-        self.ids |= {item["index"]: item["id"] for item in items}
-        self.ids = dict(islice(self.ids.items(), max(0, len(self.ids) - KEPT_STEPS * len(items)), None))
+        known = [*self.ids.items(), *((item["index"], item["id"]) for item in items)]
+        self.ids = dict(known[-64 * len(items) :])  # of 64 steps, for messages about their losses
         for item in items:
             lane, number, place = item.pop("place")
             if places is not None:

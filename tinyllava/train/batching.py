@@ -90,11 +90,10 @@ class StreamLoader(DataLoader):
     ) -> None:
         """size: samples of a step, the global batch. micro: of a micro-batch. world: the number of ranks."""
         share = StreamShare(dataset, size, world, rank)
-        kwargs["num_workers"] = min(kwargs["num_workers"], len(share.lanes))
+        self.share, self.micro, self.collate, self.pins = share, micro, collate, kwargs.pop("pin_memory")
         # A generator of its own: starting workers must not change the random numbers of the training.
-        own = torch.Generator().manual_seed(0)
-        super().__init__(share, batch_size=None, collate_fn=list, generator=own, **{**kwargs, "pin_memory": False})
-        self.share, self.micro, self.collate, self.pins = share, micro, collate, kwargs["pin_memory"]
+        kwargs |= {"num_workers": min(kwargs["num_workers"], len(share.lanes)), "generator": torch.Generator()}
+        super().__init__(share, batch_size=None, collate_fn=list, **kwargs)
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         """Micro-batches without an end. Those of a step hold samples of similar length."""
