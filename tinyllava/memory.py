@@ -1,4 +1,9 @@
-"""The memory of training: its arithmetic, what a forward pass keeps for the backward pass, and errors of allocators."""
+"""The memory of training: its arithmetic, what a forward pass keeps for the backward pass, and errors of allocators.
+
+How exact it is: against the peak of torch's CPU allocator in three AdamW steps, the estimate was 0.95 (only the connector
+trains) to 1.06 (connector and LLM) of it. The models had 5 to 14 M weights: full, connector, LoRA, with the tower, bf16,
+and checkpointing. What a step needs for a moment is not counted, nor is a GPU or an engine with several devices measured.
+"""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass

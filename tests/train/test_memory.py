@@ -1,26 +1,38 @@
 """The memory of a stage: the estimate against the allocator, and what users read when there is not enough."""
 
 import json
+import multiprocessing
+import os
 import re
+import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import TrainerCallback
 
+from tests.cli_tools import CommandResult, run_command_line  # noqa: F401 (the fixture `tinyllava`)
 from tests.conftest import LLAMA, tiny_model
 from tests.train.test_stage import ROOT
 from tests.train.tiny_run import recipe
+from tinyllava.commands import follow
 from tinyllava.config import DataSpec
 from tinyllava.data.collate import Collator
-from tinyllava.guards.shortage import estimate_stage
+from tinyllava.errors import UserError
+from tinyllava.failures import describe_failure
+from tinyllava.guards import shortage
+from tinyllava.guards.shortage import estimate_stage, explain_out_of_memory
 from tinyllava.memory import GIB, Memory, Weights, compute_memory, is_out_of_memory
+from tinyllava.record import is_whole
 from tinyllava.train import stage
 
 BILLION = 10**9
 LIMITED = """
-import multiprocessing, resource, sys
+import resource, sys
 from transformers import TrainerCallback
 from tinyllava import cli
 from tinyllava.commands import follow
@@ -28,20 +40,11 @@ from tinyllava.commands import follow
 class Limit(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         pages = int(open("/proc/self/statm").read().split()[0])
-        if sys.argv[1] == "memory":
-            resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 2**26, resource.RLIM_INFINITY))
-    def on_step_begin(self, args, state, control, **kwargs):
-        if sys.argv[1] == "worker" and state.global_step == 3:
-            multiprocessing.active_children()[0].kill()
+        resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 2**26, resource.RLIM_INFINITY))
 
 follow.follow_stage = lambda *arguments: [Limit()]
-cli.main(["train", sys.argv[2], "--output", sys.argv[3]])
+cli.main(["train", sys.argv[1], "--output", sys.argv[2]])
 """
-
-
-def run_limited(what: str, recipe_file: Path, output: Path) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-c", LIMITED, what, str(recipe_file), str(output)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
 
 
 def test_out_of_memory_says_what_to_change(pictures: Path, tmp_path: Path) -> None:
@@ -54,7 +57,8 @@ def test_out_of_memory_says_what_to_change(pictures: Path, tmp_path: Path) -> No
     run.stages["finetune"].data = [DataSpec(path=str(tmp_path / "long.json"), images=str(pictures))]
     run.stages["finetune"].validation = None
     (tmp_path / "long.yaml").write_text(run.to_yaml())
-    done = run_limited("memory", tmp_path / "long.yaml", tmp_path / "run")
+    command = [sys.executable, "-c", LIMITED, str(tmp_path / "long.yaml"), str(tmp_path / "run")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr[-3000:]
     expected = r"out of memory in stage finetune, on cpu with per_device_train_batch_size 8, samples of up to [\d,]+"
     assert re.search(rf"{expected} positions \(sample t7\).* about [\d.]+ MiB per device: weights", done.stderr), (
@@ -63,13 +67,63 @@ def test_out_of_memory_says_what_to_change(pictures: Path, tmp_path: Path) -> No
     assert re.search(r"per_device_train_batch_size: 4 .*activation_checkpointing.*bf16.*lora.*max_length", done.stderr)
 
 
-def test_a_data_worker_that_is_killed_is_named(pictures: Path, tmp_path: Path) -> None:
+class Killer(TrainerCallback):
+    """Kills a data worker in the fourth step, and then raises an error, if one is given."""
+
+    def __init__(self, error: Exception | None) -> None:
+        self.error = error
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 3:
+            (worker, *_) = multiprocessing.active_children()
+            os.kill(worker.pid, signal.SIGKILL)
+            if self.error:
+                raise self.error
+
+
+@pytest.mark.parametrize("error", [None, ConnectionResetError(104, "reset"), EOFError()], ids=repr)
+def test_a_data_worker_that_is_killed_is_named(
+    error: Exception | None,
+    pictures: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    tinyllava: Callable[..., CommandResult],
+) -> None:
+    """The connection to it may break before torch knows that it ended. The same command then resumes."""
     run = recipe(pictures, stages=("finetune",), dataloader_num_workers=1)
     (tmp_path / "tiny.yaml").write_text(run.to_yaml())
-    done = run_limited("worker", tmp_path / "tiny.yaml", tmp_path / "run")
-    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr[-3000:]
-    assert re.search(r"a process that reads data died: .*dataloader_num_workers \(now 1\)", done.stderr), done.stderr
-    assert (tmp_path / "run" / "finetune" / "checkpoint-2" / "tinyllava.json").is_file()
+    command = ["train", str(tmp_path / "tiny.yaml"), "--output", str(tmp_path / "run")]
+    monkeypatch.setattr(follow, "follow_stage", lambda *arguments: [Killer(error)])
+    code, _, said = tinyllava(*command)
+    assert code == 2 and "Traceback" not in said, said[-3000:]
+    assert re.search(r"a process that reads data died: .*dataloader_num_workers \(now 1\)", " ".join(said.split())), (
+        said
+    )
+    assert is_whole(tmp_path / "run" / "finetune" / "checkpoint-2")
+
+
+def test_other_errors_beside_data_workers_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error of a tracker's connection, and one that a worker's code raised, are not a death. Its memory may be."""
+    monkeypatch.setattr(shortage, "DEATH", 0.1)
+    args = SimpleNamespace(dataloader_num_workers=2)
+    text = "Caught {} in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n  File ..."
+    for error in (ConnectionResetError(104, "reset"), RuntimeError(text.format("RuntimeError")), EOFError()):
+        with pytest.raises(type(error)) as raised, explain_out_of_memory("finetune", None, None, args):
+            raise error
+        assert raised.value is error
+    with (
+        pytest.raises(UserError, match=r"worker process 0, out of memory\. .*dataloader_num_workers \(now 2\)") as told,
+        explain_out_of_memory("finetune", None, None, args),
+    ):
+        raise MemoryError(text.format("MemoryError"))
+    assert "\n" not in str(told.value)
+
+
+def test_a_death_that_torch_tells_of_in_a_cleanup_is_no_traceback() -> None:
+    text = "DataLoader worker (pid 3041) is killed by signal: Bus error. It is possible that ...\nRaise your limit."
+    said = describe_failure(RuntimeError(text))
+    assert said and said.startswith("a process that reads data died: DataLoader worker (pid 3041) is killed by signal")
+    assert "Raise" not in said and describe_failure(RuntimeError("DataLoader worker process 0")) is None
 
 
 @pytest.mark.parametrize(
