@@ -26,7 +26,7 @@ SURFACE = {  # growth is a decision: a new verb or option is added here, with a 
     "data cache": ["--prune"],
     "data check": ["source", "--images"],
     "data prepare": ["names", "--root", "--check"],
-    "doctor": ["checkpoint"],
+    "doctor": ["checkpoint", "--accept"],
 }
 
 
