@@ -15,6 +15,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from tinyllava.errors import UserError
 
 logger = logging.getLogger("tinyllava")
@@ -193,9 +195,7 @@ def explain_errors(path: Path) -> Iterator[None]:
     """Raise UserError for a full disk, and for a path that cannot be written, while `path` is written."""
     try:
         yield
-    except UserError:
-        raise
-    except Exception as error:
+    except (OSError, RuntimeError, SafetensorError) as error:
         if is_disk_full(error, path.parent):
             raise UserError(describe_full_disk(path)) from None
         # An error of the system without a file name is not of a path.

@@ -1,8 +1,8 @@
 """The memory of training: its arithmetic, what a forward pass keeps for the backward pass, and errors of allocators.
 
-How exact it is: against the peak of torch's CPU allocator in three AdamW steps, the estimate was 0.95 (only the connector
-trains) to 1.06 (connector and LLM) of it. The models had 5 to 14 M weights: full, connector, LoRA, with the tower, bf16,
-and checkpointing. What a step needs for a moment is not counted, nor is a GPU or an engine with several devices measured.
+How exact it is: the estimate was 0.95 (connector alone) to 1.06 (connector and LLM) of the peak that torch's profiler
+saw in the CPU allocator in three AdamW steps. The models had 5 to 14 M weights. Measured were: connector, LLM, LoRA,
+all with the tower, bf16, activation checkpointing. Not measured: GPUs, quantised or large models, several devices.
 """
 
 from collections.abc import Callable, Iterable
