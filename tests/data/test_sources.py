@@ -286,3 +286,9 @@ def test_a_source_travels_to_a_worker_as_a_file_name(write, llava):
     pickled = pickle.dumps(source)
     assert len(pickled) < 10_000
     assert pickle.loads(pickled).get_record(1999)["id"] == "1999"
+
+
+@pytest.mark.parametrize("name", ["../a.png", "..a", ".", "a..b", "no_such.module"])
+def test_a_format_that_is_no_module_is_refused(name: str, write, llava) -> None:
+    with pytest.raises(UserError, match="cannot be imported"):
+        open_source(DataSpec(path=write([llava("1", None, ("a", "b"))]), format=name))

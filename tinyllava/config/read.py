@@ -26,9 +26,9 @@ def load_recipe(name: str, overrides: list[str] | None = None) -> Recipe:
         for override in overrides or []:
             key, equals, text = override.partition("=")
             if not equals or not key:
-                raise UserError(f"cannot read the override '{override}': expected key=value, like seed=1.")
-            _replace_value(tree, key, _parse_yaml(f"value: {text}", f"the override '{override}'").get("value"))
-    except (OmegaConfBaseException, TypeError, ValueError) as error:  # such as a list where its base has keys
+                raise UserError(f"cannot read the override '{override:.80}': expected key=value, like seed=1.")
+            _replace_value(tree, key, _parse_yaml(f"value: {text}", f"the override '{override:.80}'").get("value"))
+    except (OmegaConfBaseException, IndexError, TypeError, ValueError) as error:  # a list where its base has keys
         reason = str(error).splitlines()[0]
         raise UserError(f"cannot read recipe {name}: {reason}. Entries of a list have numbers: data.0.path.") from None
     recipe = _validate(tree, name)

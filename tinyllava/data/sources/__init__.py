@@ -67,7 +67,7 @@ def _find_format(spec: DataSpec) -> ModuleType:
     if "." in spec.format:
         try:
             return importlib.import_module(spec.format)
-        except ModuleNotFoundError as error:
+        except (ModuleNotFoundError, TypeError, ValueError) as error:  # `..a` is relative, `.` is empty
             raise UserError(f"format {spec.format} of {spec.path} cannot be imported: {error}.") from None
     if spec.format not in FORMATS:
         raise UserError(f"unknown data format '{spec.format}'{suggest_known(spec.format, FORMATS)}")
