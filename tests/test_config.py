@@ -177,7 +177,10 @@ def test_a_file_that_is_no_recipe_is_an_error(tmp_path: Path) -> None:
         load_recipe(str(path))
 
 
-@pytest.mark.parametrize("override", ["[seed=1", "seed=" + "9" * 5000, "=1", "x" * 5000])
+@pytest.mark.parametrize(
+    "override",
+    ["[seed=1", "seed=" + "9" * 5000, "=1", "x" * 5000, "9" * 5000 + "=1", f"model.connector=mlp2x{'9' * 5000}"],
+)
 def test_an_override_of_another_form_is_refused_in_a_line(override: str) -> None:
     with pytest.raises(UserError, match=r"^(cannot read|recipe|unknown)") as error:
         load_recipe("quickstart", [override])

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.segment import Segment
 from rich.text import Text
 
+from tinyllava.errors import cut_words
 from tinyllava.failures import announce_failure
 from tinyllava.secrets import hide_secrets
 
@@ -79,7 +80,7 @@ def show_error(text: str) -> None:
     text = hide_secrets(text)
     if not announce_failure(text):
         return
-    text = re.sub(r"\S{1000,}", lambda word: f"{word[0][:60]}... ({len(word[0]):,} characters)", text)
+    text = cut_words(text)
     messages.print(Text.assemble(("error: ", "bold red"), text), soft_wrap=True)
 
 

@@ -3,9 +3,19 @@
 `tinyllava` shows the message of a UserError without a traceback (`--debug` shows both) and exits with code 2.
 """
 
+import re
+
+
+def cut_words(text: str) -> str:
+    """The text with the start of each word of more than 1,000 characters: such a word is the content of a file."""
+    return re.sub(r"\S{1000,}", lambda word: f"{word[0][:60]}... ({len(word[0]):,} characters)", text)
+
 
 class UserError(Exception):
     """A name, a value, a file or a sample is wrong. The message has one or two lines and says what to do."""
+
+    def __str__(self) -> str:
+        return cut_words(super().__str__())
 
 
 class Interrupted(SystemExit):

@@ -292,3 +292,9 @@ def test_a_source_travels_to_a_worker_as_a_file_name(write, llava):
 def test_a_format_that_is_no_module_is_refused(name: str, write, llava) -> None:
     with pytest.raises(UserError, match="cannot be imported"):
         open_source(DataSpec(path=write([llava("1", None, ("a", "b"))]), format=name))
+
+
+@pytest.mark.parametrize("folder", ["A" * 300, "a\0b", "missing"])
+def test_an_image_folder_that_cannot_be_is_refused(folder: str, write, llava) -> None:
+    with pytest.raises(UserError, match="does not exist"):
+        open_source(DataSpec(path=write([llava("1", None, ("a", "b"))]), images=folder))

@@ -22,6 +22,7 @@ a stream; workers do not copy them. Read source.py first, then llava_json.py.
 """
 
 import importlib
+import os
 from pathlib import Path
 from types import ModuleType
 
@@ -46,11 +47,12 @@ def open_source(spec: DataSpec, cache_dir: str | Path | None = None) -> Source:
     try:
         source = _find_format(spec).read(spec, find_cache_root(cache_dir))
     except OSError as error:
-        reason = (error.strerror or str(error)).lower()
-        raise UserError(f"cannot read {error.filename or spec.path}: {reason}.") from None
+        raise UserError(
+            f"cannot read {error.filename or spec.path}: {(error.strerror or str(error)).lower()}."
+        ) from None
     source.roots = ImageFolders(source.roots, named=spec.images is not None, urls=spec.urls)
     for root in source.roots:
-        if not Path(root).is_dir():
+        if not os.path.isdir(root):  # which is also false for a name that no file can have
             raise UserError(
                 f"image folder {root} of {spec.path} does not exist. Set `images:` to the folder of its images."
             )
