@@ -22,7 +22,6 @@ a stream; workers do not copy them. Read source.py first, then llava_json.py.
 """
 
 import importlib
-import os
 from pathlib import Path
 from types import ModuleType
 
@@ -46,16 +45,15 @@ def open_source(spec: DataSpec, cache_dir: str | Path | None = None) -> Source:
     """Open the source that `spec` names. Raises UserError if it is missing, empty, broken or of an unknown format."""
     try:
         source = _find_format(spec).read(spec, find_cache_root(cache_dir))
+        missing = next((root for root in source.roots if not Path(root).is_dir()), None)
     except OSError as error:
-        raise UserError(
-            f"cannot read {error.filename or spec.path}: {(error.strerror or str(error)).lower()}."
-        ) from None
+        reason = (error.strerror or str(error)).lower()
+        raise UserError(f"cannot read {error.filename or spec.path}: {reason}.") from None
     source.roots = ImageFolders(source.roots, named=spec.images is not None, urls=spec.urls)
-    for root in source.roots:
-        if not os.path.isdir(root):  # which is also false for a name that no file can have
-            raise UserError(
-                f"image folder {root} of {spec.path} does not exist. Set `images:` to the folder of its images."
-            )
+    if missing is not None:
+        raise UserError(
+            f"image folder {missing} of {spec.path} does not exist. Set `images:` to the folder of its images."
+        )
     if not source.streaming and len(source) == 0:
         raise UserError(f"{spec.path} contains no records.")
     return source
