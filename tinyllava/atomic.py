@@ -18,6 +18,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from tinyllava.errors import UserError
+from tinyllava.files import raise_value_errors
 
 logger = logging.getLogger("tinyllava")
 FULL = {errno.ENOSPC, errno.EDQUOT}  # errors of a full disk and of a full quota
@@ -194,8 +195,9 @@ def link_file(source: Path, target: Path) -> None:
 def explain_errors(path: Path) -> Iterator[None]:
     """Raise UserError for a full disk, and for a path that cannot be written, while `path` is written."""
     try:
-        yield
-    except (OSError, RuntimeError, SafetensorError) as error:
+        with raise_value_errors():  # tokenizers
+            yield
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         if is_disk_full(error, path.parent):
             raise UserError(describe_full_disk(path)) from None
         # An error of the system without a file name is not of a path.
