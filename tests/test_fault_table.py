@@ -53,13 +53,13 @@ def test_steps_are_counted_over_both_stages(tmp_path: Path) -> None:
 )
 def test_what_a_command_said(code: int, printed: str, said: str, tmp_path: Path) -> None:
     (tmp_path / "printed").write_text(printed)
-    assert Start(SimpleNamespace(pid=0), tmp_path / "printed", tmp_path / "steps", code).said == said
+    assert Start(SimpleNamespace(pid=0), tmp_path / "printed", tmp_path / "steps", code).message == said
 
 
 def test_a_row_shows_all_its_times(tmp_path: Path) -> None:
     fault = Fault("SIGKILL", "in a step", lambda scene, measure: None)
     first = Start(SimpleNamespace(pid=0), tmp_path / "printed", tmp_path / "steps", -9)
-    good = [Played(fault, Outcome(first, repeated, 0.0, said="killed")) for repeated in (1, 3)]
+    good = [Played(fault, Outcome(first, repeated, 0.0, message="killed")) for repeated in (1, 3)]
     assert make_rows(good) == [["SIGKILL", "in a step", "2", "killed", "1 to 3", "0", "passed"]]
     (row,) = make_rows([*good, Played(fault, failure="3 losses differ")])
     assert row[-1] == "2 of 3 passed; FAILED: 3 losses differ" and "FAILED" in make_markdown([row])

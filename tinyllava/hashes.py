@@ -204,5 +204,5 @@ def is_sealed(path: Path, record: Mapping[str, Any]) -> bool:
         return False
     entries = [entry for files in lists for entry in files.values()]
     if record.get("format") == 1 and ALGORITHM not in record:
-        return all(isinstance(entry, int) for entry in entries)
+        return bool(entries) and all(isinstance(entry, int) for entry in entries)
     return all(isinstance(entry, dict) for entry in entries) and path.read_bytes() == seal(record).encode()

@@ -21,8 +21,8 @@ def lose_images(action: str) -> Row:
     def row(scene: Scene, measure: Result) -> Outcome:
         point = Point("end", "finetune/7", action, str(scene.data / LOST))
         first = scene.start(point).wait()
-        expect(first.code == 2, f"exit code {first.code}, expected 2: {first.said}")
-        expect(".png" in first.said, f"the error names no image: {first.said}")
+        expect(first.code == 2, f"exit code {first.code}, expected 2: {first.message}")
+        expect(".png" in first.message, f"the error names no image: {first.message}")
         for kept in scene.data.glob("*.kept"):
             kept.replace(kept.with_suffix(""))
         outcome = scene.compare(first, scene.finish(), measure)
@@ -38,7 +38,7 @@ def skip_images(action: str) -> Row:
     def row(scene: Scene, measure: Result) -> Outcome:
         scene.write_recipe(on_bad_sample="skip")
         first = scene.start(Point("end", "finetune/7", action, str(scene.data / LOST))).wait()
-        expect(first.code == 0, f"exit code {first.code}, expected 0: {first.said}")
+        expect(first.code == 0, f"exit code {first.code}, expected 0: {first.message}")
         counted = json.loads((scene.run / "run.json").read_text())["stages"]["finetune"].get("skipped_in_training")
         expect(counted in (2, 3), f"skipped_in_training is {counted}, expected 2 or 3")
         result = Result.read(scene.run)
@@ -78,8 +78,8 @@ def change_data(where: str) -> Row:
         before = path.read_bytes()
         CHANGES[where](path)
         refused = scene.start().wait()
-        expect(refused.code == 2, f"exit code {refused.code}, expected 2: {refused.said}")
-        expect(path.name in refused.said, f"the error does not name the file: {refused.said}")
+        expect(refused.code == 2, f"exit code {refused.code}, expected 2: {refused.message}")
+        expect(path.name in refused.message, f"the error does not name the file: {refused.message}")
         path.write_bytes(before)
         outcome = scene.compare(killed, scene.finish(), measure)
         return Outcome(refused, outcome.repeated, outcome.difference)
@@ -92,8 +92,8 @@ def kill_worker(scene: Scene, measure: Result) -> Outcome:
     first = scene.start(Point("end", "finetune/7", "kill_worker")).wait()
     if first.code == 0:
         return scene.compare(first, first, measure)
-    expect(first.code == 2, f"exit code {first.code}, expected 2: {first.said}")
-    expect("worker" in first.said, f"the error does not name the data worker: {first.said}")
+    expect(first.code == 2, f"exit code {first.code}, expected 2: {first.message}")
+    expect("worker" in first.message, f"the error does not name the data worker: {first.message}")
     outcome = scene.compare(first, scene.finish(), measure)
     expect(outcome.repeated <= SAVE_STEPS, f"{outcome.repeated} steps are repeated")
     return outcome
@@ -126,8 +126,8 @@ def lock_empty_cache(scene: Scene, measure: Result) -> Outcome:
     """The cache is on a read-only file system, and empty. The command names the way out, and it works."""
     scene.mount(scene.cache, "-t", "tmpfs", "-o", "ro", "tmpfs")
     first = scene.start().wait()
-    expect(first.code == 2, f"exit code {first.code}, expected 2: {first.said}")
-    expect("TINYLLAVA_CACHE" in first.said, f"the error does not name TINYLLAVA_CACHE: {first.said}")
+    expect(first.code == 2, f"exit code {first.code}, expected 2: {first.message}")
+    expect("TINYLLAVA_CACHE" in first.message, f"the error does not name TINYLLAVA_CACHE: {first.message}")
     scene.environment["TINYLLAVA_CACHE"] = str(scene.folder / "other")
     return scene.compare(first, scene.finish(), measure)
 
@@ -138,7 +138,7 @@ def lock_filled_cache(scene: Scene, measure: Result) -> Outcome:
     scene.mount(scene.cache, "--bind", str(scene.cache))
     scene.mount(scene.cache, "-o", "remount,bind,ro")
     first = scene.start().wait()
-    expect(first.code == 0, f"exit code {first.code}, expected 0: {first.said}")
+    expect(first.code == 0, f"exit code {first.code}, expected 0: {first.message}")
     return scene.compare(first, first, measure)
 
 

@@ -59,9 +59,9 @@ def damage_newest(where: str) -> Row:
         second = scene.finish()
         expect(second.begun == 12 + 6, f"it resumes at step {second.begun} of 36, expected 18")
         line = next((line for line in second.text.splitlines() if "checkpoint-9" in line), None)
-        expect(line, "nothing is said about checkpoint-9")
+        expect(line, "nothing is message about checkpoint-9")
         outcome = scene.compare(first, second, measure)
-        return Outcome(second, outcome.repeated, outcome.difference, said=line or "")
+        return Outcome(second, outcome.repeated, outcome.difference, message=line or "")
 
     return row
 
@@ -83,8 +83,8 @@ def damage_shared(scene: Scene, measure: Result) -> Outcome:
     weights = scene.run / "pretrain" / "final" / "language_model.safetensors"
     flip(weights)
     refused = scene.start().wait()
-    expect(refused.code == 2, f"exit code {refused.code}, expected 2: {refused.said}")
-    expect(weights.name in refused.said, f"the error does not name {weights.name}: {refused.said}")
+    expect(refused.code == 2, f"exit code {refused.code}, expected 2: {refused.message}")
+    expect(weights.name in refused.message, f"the error does not name {weights.name}: {refused.message}")
     flip(weights)
     outcome = scene.compare(refused, scene.finish(), measure)
     return Outcome(refused, None, outcome.difference)
@@ -103,8 +103,8 @@ def run_twice(point: Point) -> Row:
         second = scene.start().wait()
         go.touch()
         first.wait()
-        expect(second.code == 2, f"exit code {second.code} of the second, expected 2: {second.said}")
-        expect(first.code == 0, f"exit code {first.code} of the first: {first.said}")
+        expect(second.code == 2, f"exit code {second.code} of the second, expected 2: {second.message}")
+        expect(first.code == 0, f"exit code {first.code} of the first: {first.message}")
         outcome = scene.compare(first, first, measure)
         return Outcome(second, outcome.repeated, outcome.difference)
 
@@ -119,7 +119,7 @@ def delete_run(scene: Scene, measure: Result) -> Outcome:
     shutil.rmtree(scene.run)
     go.touch()
     first.wait()
-    expect(first.code == 2, f"exit code {first.code}, expected 2: {first.said}")
+    expect(first.code == 2, f"exit code {first.code}, expected 2: {first.message}")
     return scene.compare(first, scene.finish(), measure)
 
 

@@ -56,7 +56,7 @@ def fill_at(where: str, point: Point) -> Row:
         (disk / "ballast").unlink()
         if first.code == 0 and where in ("curve.png", "TensorBoard files"):  # only a picture is missing
             return scene.compare(first, first, measure)
-        expect_full(first.said, first.code)
+        expect_full(first.message, first.code)
         outcome = scene.compare(first, scene.finish(), measure)
         expect(outcome.repeated <= SAVE_STEPS, f"{outcome.repeated} steps are repeated")
         return outcome
@@ -71,7 +71,7 @@ def fill_cache(room: int) -> Row:
         disk = scene.mount(scene.cache, *TMPFS)
         fill_disk(disk, room)
         first = scene.start().wait()
-        expect_full(first.said, first.code)
+        expect_full(first.message, first.code)
         (disk / "ballast").unlink()
         return scene.compare(first, scene.finish(), measure)
 
@@ -93,7 +93,7 @@ def fill_scores(pattern: str) -> Row:
         first = scene.start(Point("write", pattern, "fill", str(disk))).wait()
         expect((disk / "ballast").exists(), f"`{pattern}` was never written")
         (disk / "ballast").unlink()
-        expect_full(first.said, first.code)
+        expect_full(first.message, first.code)
         second = scene.finish()
         answers = next(Path(scene.run).glob("eval/*/answers.jsonl")).read_text().splitlines()
         ids = [json.loads(line)["question_id"] for line in answers]

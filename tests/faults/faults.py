@@ -37,6 +37,9 @@ def measure_variants(variants: Iterable[str], folder: Path, pool: Executor) -> d
     return dict(zip(names, pool.map(measure, names), strict=True))
 
 
+BROKEN = (ArithmeticError, AssertionError, AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError)
+
+
 def play(fault: Fault, folder: Path, measures: Mapping[str, Result], keep: Path | None) -> Played:
     """Play one fault in a folder that is deleted, or moved to `keep` if the fault's row fails."""
     begun = time.monotonic()
@@ -50,12 +53,12 @@ def play(fault: Fault, folder: Path, measures: Mapping[str, Result], keep: Path 
         played.skipped = str(reason)
     except Failure as failure:
         played.failure = shorten(str(failure), str(folder))
-    except Exception:  # one broken row must not hide the others
+    except BROKEN:  # one broken row must not hide the others
         played.failure = shorten(traceback.format_exc().strip().replace("\n", " "), str(folder), 400)
     if played.outcome:
-        said = shorten(played.outcome.said or played.outcome.first.said, str(folder))
+        message = shorten(played.outcome.message or played.outcome.first.message, str(folder))
         code = "killed" if played.outcome.first.code == -9 else f"exit {played.outcome.first.code}"
-        played.outcome = replace(played.outcome, said=f"{code}: {said}" if said else code)
+        played.outcome = replace(played.outcome, message=f"{code}: {message}" if message else code)
     if keep and played.failure:
         shutil.copytree(folder, keep / folder.name, symlinks=True, dirs_exist_ok=True)
     scene.close()

@@ -26,7 +26,7 @@ def choose_save(stage: str) -> int:
 
 def resume(scene: Scene, measure: Result, first: Start, code: int, most: int) -> Outcome:
     """Expect the exit code of a start, run the command again, and expect at most `most` repeated steps."""
-    expect(first.code == code, f"exit code {first.code}, expected {code}: {first.said}")
+    expect(first.code == code, f"exit code {first.code}, expected {code}: {first.message}")
     outcome = scene.compare(first, scene.finish(), measure)
     expect(outcome.repeated <= most, f"{outcome.repeated} steps are repeated, expected at most {most}")
     return outcome
@@ -62,9 +62,9 @@ def kill_twice(line: Point, again: Point) -> Row:
 
     def row(scene: Scene, measure: Result) -> Outcome:
         first = scene.start(line).wait()
-        expect(first.code == -signal.SIGKILL, f"exit code {first.code}: {first.said}")
+        expect(first.code == -signal.SIGKILL, f"exit code {first.code}: {first.message}")
         second = scene.start(again).wait()
-        expect(second.code == -signal.SIGKILL, f"exit code {second.code}: {second.said}")
+        expect(second.code == -signal.SIGKILL, f"exit code {second.code}: {second.message}")
         return scene.compare(first, scene.finish(), measure)
 
     return row
@@ -102,7 +102,7 @@ def suspend(scene: Scene, measure: Result) -> Outcome:
     time.sleep(2)
     first.end(signal.SIGCONT)
     first.wait()
-    expect(first.code == 0, f"exit code {first.code}: {first.said}")
+    expect(first.code == 0, f"exit code {first.code}: {first.message}")
     return scene.compare(first, first, measure)
 
 

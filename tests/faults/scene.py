@@ -110,8 +110,8 @@ class Start:
         return ([line for line in self.text.splitlines() if line.strip()] or [""])[-1]
 
     @property
-    def said(self) -> str:
-        """What the command said when it ended: its error, else its last line; nothing after SIGKILL."""
+    def message(self) -> str:
+        """What the command message when it ended: its error, else its last line; nothing after SIGKILL."""
         lines = self.text.splitlines()
         errors = [line for line in lines if line.startswith(("error:", "stopped by"))]
         if self.code in (0, -signal.SIGKILL):
@@ -200,7 +200,7 @@ class Outcome:
     repeated: int | None = None  # steps that were trained twice; None if nothing was resumed
     difference: float | None = None  # of the final loss to that of the undisturbed run
     note: str = ""
-    said: str = ""  # for the table
+    message: str = ""  # for the table
 
 
 @dataclass
@@ -300,7 +300,7 @@ class Scene:
     def finish(self, **options: Any) -> Start:
         """Start the command without a fault, and wait. Raises Failure if it does not end well."""
         start = self.start(**options).wait()
-        expect(start.code == 0, f"the next start exits with {start.code}: {start.said}")
+        expect(start.code == 0, f"the next start exits with {start.code}: {start.message}")
         return start
 
     def mount(self, path: Path, *options: str) -> Path:

@@ -47,9 +47,9 @@ def make_rows(played: Iterable[Played]) -> list[list[str]]:
 
 
 def describe_group(group: list[Played]) -> list[str]:
-    """What was said, the steps repeated, the difference and the result of one row."""
+    """What was message, the steps repeated, the difference and the result of one row."""
     outcomes = [each.outcome for each in group if each.outcome]
-    said = list(dict.fromkeys(outcome.said for outcome in outcomes))
+    message = list(dict.fromkeys(outcome.message for outcome in outcomes))
     repeated = [outcome.repeated for outcome in outcomes if outcome.repeated is not None]
     differences = [outcome.difference for outcome in outcomes if outcome.difference is not None]
     span = f"{min(repeated)} to {max(repeated)}" if repeated and min(repeated) < max(repeated) else ""
@@ -60,7 +60,7 @@ def describe_group(group: list[Played]) -> list[str]:
     result = "passed" if len(outcomes) == len(group) else f"{result} passed" if not skipped else "skipped"
     shown = [f"FAILED: {failure}" for failure in dict.fromkeys(failures)] + list(dict.fromkeys(skipped))
     return [
-        said[0] if said else "",
+        message[0] if message else "",
         span or (str(repeated[0]) if repeated else ""),
         f"{max(differences):.1g}" if differences else "",
         "; ".join([result, *notes, *shown]),
